@@ -85,7 +85,7 @@ def inference(
     against: Annotated[str | None, typer.Option(help="The dense model to compare with.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Number of prefill tokens.")] = 256,
     new_tokens: Annotated[
-        int, typer.Option(min=1, help="Number of decoded tokens, after a prompt of 16 whose time counts.")
+        int, typer.Option(min=1, help="Number of decoded tokens, after a prompt of 16, which is not timed.")
     ] = 16,
     batches: Annotated[
         str, typer.Option(help="Comma-separated numbers of texts that are decoded together.")

@@ -32,6 +32,10 @@ from admm_prune.runs.manifest import environment
 from admm_prune.runs.report.plots import COLOURS, legend, panels, style, svg
 
 _TWO_OF_FOUR = NofM(2, 4)
+_PROMPT = 16  # tokens before those that are decoded
+
+Clock = Callable[[], float]  # seconds
+Run = Callable[[Any, int, Clock], float]  # (model, tokens, clock) -> seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,43 +99,65 @@ class Decoding:
 
 
 @torch.no_grad()
-def prefill(model: Any, tokens: int) -> None:
-    """A forward pass over `tokens` tokens with the logits of the last one."""
+def prefill(model: Any, tokens: int, now: Clock) -> float:
+    """Seconds of a forward pass over `tokens` tokens with the logits of the last one."""
     ids = torch.arange(tokens, device=model.device)[None] % model.config.get_text_config().vocab_size
+    began = now()
     model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return now() - began
 
 
 @torch.no_grad()
-def decode(model: Any, tokens: int, batch: int = 1) -> None:
-    """Generates `tokens` tokens one by one, with a cache, after a prompt of 16, of a batch of texts.
+def decode(model: Any, tokens: int, now: Clock, batch: int = 1) -> float:
+    """Seconds of generating `tokens` tokens one by one, with a cache, of each text in a batch.
 
-    The prompt gives the first of them, so that its time counts: the fewer tokens, the more.
+    The time of the prompt of 16 tokens, which also gives the first new token, is not included.
     """
-    ids = torch.arange(16, device=model.device).repeat(batch, 1) % model.config.get_text_config().vocab_size
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class AfterEachToken(StoppingCriteria):
+        """Stops nothing, and notes when the first token was generated."""
+
+        began: float | None = None
+
+        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+            self.began = now() if self.began is None else self.began
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    after = AfterEachToken()
+    ids = torch.arange(_PROMPT, device=model.device).repeat(batch, 1) % model.config.get_text_config().vocab_size
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens + 1,
+        min_new_tokens=tokens + 1,
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([after]),
     )
+    assert after.began is not None
+    return now() - after.began
 
 
-def timed(run: Callable[[Any, int], None], models: dict[str, Any], tokens: int, repeats: int) -> dict[str, list[float]]:
-    """The times of each model; the models alternate, with one warm-up round.
-
-    On the CPU it is the CPU time of the process, so that other load on the machine does not count, and the elapsed time
-    with several threads, whose CPU times add up. On CUDA it is the elapsed time until the device is done.
-    """
+def timed(run: Run, models: dict[str, Any], tokens: int, repeats: int) -> dict[str, list[float]]:
+    """The times of each model; the models alternate, with one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(repeats + 1):
         for name, model in models.items():
-            cuda = model.device.type == "cuda"
-            clock = time.perf_counter if cuda or torch.get_num_threads() > 1 else time.process_time
-            if cuda:
-                torch.cuda.synchronize()
-            began = clock()
-            run(model, tokens)
-            if cuda:
-                torch.cuda.synchronize()
-            times[name].append(clock() - began)
+            times[name].append(run(model, tokens, _clock(model.device.type)))
     return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def _clock(device: str) -> Clock:
+    """On the CPU the CPU time of the process, so that other load on the machine does not count, and the elapsed time
+    with several threads, whose CPU times add up. On CUDA the elapsed time, read when the device is done."""
+    if device == "cuda":
+
+        def now() -> float:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+
+        return now
+    return time.perf_counter if torch.get_num_threads() > 1 else time.process_time
 
 
 def bench_inference(
@@ -180,7 +206,7 @@ def bench_inference(
     forms["as stored"] = (given, model)
     for _, (loaded, name) in forms.items():
         context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and max(tokens, 16 + new_tokens) > context:
+        if context is not None and max(tokens, _PROMPT + 1 + new_tokens) > context:
             raise UserError(f"{name}: its context of {context} tokens is too short: use fewer --tokens or --new-tokens")
     zeros = sparsity(decoder_blocks(given.model))
     remarks = _of_dtypes({form: loaded.model.dtype for form, (loaded, _) in forms.items()})

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from admm_prune.errors import UserError
 from admm_prune.inference import timing
 from admm_prune.inference.packing import pack
-from admm_prune.inference.timing import Speed, _CSRLinear, bench_inference, prefill, timed
+from admm_prune.inference.timing import Speed, _CSRLinear, bench_inference, decode, prefill, timed
 from admm_prune.models.loading import LoadedModel, load
 from admm_prune.prunable import matrices
 from admm_prune.runs.prune import prune
@@ -141,7 +141,13 @@ def test_models_in_two_dtypes(folders: dict[str, str], tmp_path: Path) -> None:
 def test_several_threads_are_timed_by_the_clock(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their CPU times add up, so that tokens per second would be too few."""
     model = load(str(model_folder), device="cpu").model
-    asleep = partial(timed, lambda *_: time.sleep(0.05), {"a": model}, 1, repeats=1)
+
+    def sleep(_: object, __: int, now: timing.Clock) -> float:
+        began = now()
+        time.sleep(0.05)
+        return now() - began
+
+    asleep = partial(timed, sleep, {"a": model}, 1, repeats=1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert asleep()["a"][0] < 0.04
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -151,11 +157,26 @@ def test_several_threads_are_timed_by_the_clock(model_folder: Path, monkeypatch:
 def test_models_take_turns(model_folder: Path) -> None:
     model = load(str(model_folder), device="cpu").model
     turns: list[str] = []
-    names = {"a": model, "b": model}
-    times = timed(lambda _, tokens: turns.append(f"{tokens}"), names, 5, repeats=2)
+
+    def turn(_: object, tokens: int, __: timing.Clock) -> float:
+        turns.append(f"{tokens}")
+        return float(len(turns))
+
+    times = timed(turn, {"a": model, "b": model}, 5, repeats=2)
     assert turns == ["5"] * 6
-    assert set(times) == {"a", "b"}
-    assert all(len(found) == 2 for found in times.values()), "the first turn warms up"
+    assert times == {"a": [3.0, 5.0], "b": [4.0, 6.0]}, "the first turn warms up"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_decoding_is_timed_without_the_prompt(model_folder: Path, batch: int) -> None:
+    model = load(str(model_folder), device="cpu").model
+    lengths: list[tuple[int, int]] = []
+    model.register_forward_hook(lambda _, __, out: lengths.append(tuple(out.logits.shape[:2])))
+    seen = []
+    decode(model, 5, lambda: seen.append(len(lengths)) or 0.0, batch=batch)
+    assert [length for _, length in lengths[1:]] == [1] * 5
+    assert {texts for texts, _ in lengths} == {batch}
+    assert seen == [1, 6], "the clock is read after the prompt, and after five more tokens"
 
 
 @pytest.mark.parametrize(
