@@ -186,7 +186,7 @@ def compare(
         jobs = _jobs(recipes, targets, settings, loaded.model)
         log_notes(loaded)
         texts = Texts(settings.text, loaded)
-        tasks = _tasks(settings, texts, jobs)
+        pruning_tasks = _pruning_tasks(settings, texts, jobs)
         record = manifest(settings.recorded(), _records(texts, recipes), loaded.revision, device)
         weights = fingerprint(loaded)
         journal.begin({**record, "weights": weights})
@@ -207,7 +207,7 @@ def compare(
             if progress is not None:
                 progress(done, len(jobs), f"{recipe.name} {target.label}")
             place = models / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
-            report = runs.pruned(recipe, tasks[done], place)
+            report = runs.pruned(recipe, pruning_tasks[done], place)
             again = runs.evaluated_again(report, place)
             rows.append(_row(report, again, f"{_MODELS}/{place.name}"))
             journal.commit("rows", done, {"row": asdict(rows[-1]), "weights": report.manifest["weights"]})
@@ -337,7 +337,7 @@ def _jobs(
     return jobs
 
 
-def _tasks(settings: ComparisonSettings, texts: Texts, jobs: Sequence[tuple[Recipe, Target]]) -> list[Task]:
+def _pruning_tasks(settings: ComparisonSettings, texts: Texts, jobs: Sequence[tuple[Recipe, Target]]) -> list[Task]:
     """The task of every run, checked; the ridge is for the methods that support it.
 
     Raises:
