@@ -27,7 +27,7 @@ T = TypeVar("T")
 Stream = Literal["auto"] | bool
 _RUNS = "run reproduce compare plan"
 _COMMANDS = f"{_RUNS} capture"
-_NO_LIMIT = 1e9  # GB: no machine has as much, and infinity is no number of bytes
+_NO_LIMIT = 1e9  # GB: more than any machine has, and finite, so that it is a number of bytes
 SAME: Any = object()  # a default of the command line that is the field's own
 
 

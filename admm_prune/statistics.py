@@ -480,7 +480,7 @@ def check_matrix(name: str, matrix: Tensor, shape: tuple[int, int]) -> None:
     if matrix.shape != shape:
         raise ValueError(f"{name} must be {rows} x {width} for a weight of width {width}, not {tuple(matrix.shape)}")
     if not bool(torch.isfinite(matrix).all()):
-        raise ValueError(f"{name} holds NaN or Inf")
+        raise ValueError(f"{name} contains NaN or Inf")
 
 
 def check_weight(weight: Tensor) -> None:
@@ -488,7 +488,7 @@ def check_weight(weight: Tensor) -> None:
     if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise ValueError(f"weight must be a real matrix (out, in), not {weight.dtype} of shape {tuple(weight.shape)}")
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError("weight holds NaN or Inf")
+        raise ValueError("weight contains NaN or Inf")
 
 
 def dead_channels(gram: Tensor) -> Tensor:

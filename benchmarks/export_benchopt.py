@@ -23,12 +23,12 @@ def export(layers: Path, out: Path) -> list[Path]:
     """Writes the benchmark to a new folder and returns the layer files in it.
 
     Raises:
-        UserError: a file is no layer problem, or re-targets to other inputs, which this objective does not know.
+        UserError: a file is not a layer problem, or re-targets to other inputs, which this objective does not know.
         FileExistsError: `out` is there.
     """
     files = sorted(layers.glob("*.safetensors")) if layers.is_dir() else [layers]
     if not files:
-        raise FileNotFoundError(f"{layers} holds no layer problem files")
+        raise FileNotFoundError(f"{layers} contains no layer problem files")
     for file in files:
         if load_layer_file(file).cross_gram is not None:
             raise ValueError(f"{file} re-targets to other inputs, which this benchmark does not know")

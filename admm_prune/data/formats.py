@@ -78,7 +78,7 @@ def files_in(folder: Path) -> list[Path]:
         and file.is_file()
     ]
     if not files:
-        raise UserError(f"{folder}: the folder holds no {', '.join(EXTENSIONS)} file")
+        raise UserError(f"{folder}: the folder contains no {', '.join(EXTENSIONS)} file")
     return files
 
 
@@ -142,7 +142,7 @@ def _decoded(data: bytes, where: str, encoding: str = "utf-8-sig") -> str:
     """Text in UTF-8; a byte order mark at its beginning is left out.
 
     Raises:
-        UserError: it is no text.
+        UserError: it is not text.
     """
     try:
         text = data.decode(encoding)
@@ -182,7 +182,7 @@ def _parsed(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not JSON ({error.msg})") from error
     except ValueError as error:  # a whole number of more digits than Python converts
-        raise UserError(f"{where} holds a number that cannot be read ({first_line(error)})") from error
+        raise UserError(f"{where} contains a number that cannot be read ({first_line(error)})") from error
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply") from error
 
@@ -219,7 +219,7 @@ def _json_rows(path: Path) -> Iterator[LocatedRow]:
         else:
             content = content["data"] if _is_table(content.get("data")) else inner[0] if len(inner) == 1 else [content]
     if not isinstance(content, list):
-        raise UserError(f"{path}: a .json file holds an array of rows, not one {type(content).__name__}")
+        raise UserError(f"{path}: a .json file contains an array of rows, not one {type(content).__name__}")
     for number, row in enumerate(content, start=1):
         yield f"row {number}", row
 

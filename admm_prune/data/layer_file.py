@@ -81,7 +81,7 @@ def is_problem(path: Path) -> bool:
 
 
 def is_solution(path: Path) -> bool:
-    """True for a safetensors file that `write_tensors` wrote and that is no layer file."""
+    """True for a safetensors file that `write_tensors` wrote and that is not a layer file."""
     names = _tensors_of_ours(path)
     return bool(names) and "gram" not in names
 
@@ -146,7 +146,7 @@ def load_layer_file(path: Path) -> LayerFile:
             present = sorted(names)
             others = f" and {len(present) - 4} more" if len(present) > 5 else ""
             raise UserError(
-                f"{path} has no '{missing[0]}': a layer file holds weight and gram, as 'admm-prune capture' writes "
+                f"{path} has no '{missing[0]}': a layer file contains weight and gram, as 'admm-prune capture' writes "
                 f"it; there are {', '.join(present[:4] if others else present)}{others}"
             )
         tensors = {name: file.get_tensor(name) for name in (*_REQUIRED, *_OPTIONAL) if name in names}

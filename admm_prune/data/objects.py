@@ -103,7 +103,7 @@ def check_ids(corpus: Corpus, vocabulary: int) -> None:
         if isinstance(document, tuple) and not 0 <= min(document) <= max(document) < vocabulary:
             wrong = min(document) if min(document) < 0 else max(document)
             raise UserError(
-                f"{corpus.name}: document {number} holds the token {wrong}: the model has 0 to {vocabulary - 1}"
+                f"{corpus.name}: document {number} contains the token {wrong}: the model has 0 to {vocabulary - 1}"
             )
 
 

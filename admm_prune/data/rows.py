@@ -174,7 +174,7 @@ def _is_chat(values: list[Any]) -> bool:
 
 
 def _is_text(values: list[Any]) -> bool:
-    """Strings, of which one at least is no number: all values of a CSV file are strings."""
+    """Strings, at least one of which is not a number: all values of a CSV file are strings."""
     present = [value for value in values if value is not None]
     return all(isinstance(value, str) for value in present) and any(
         value.strip() and not _is_number(value) for value in present

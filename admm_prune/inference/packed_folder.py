@@ -206,7 +206,7 @@ def _archive(folder: Path) -> tuple[dict[str, Path], dict[str, _Masked]]:
                     raise UserError(f"{path} lacks the tensor {entry.name}: it is damaged")
                 masked[entry.name] = _Masked(path, *parts, tuple(entry.shape))
     if not files:
-        raise UserError(f"{folder} holds no packed weights")
+        raise UserError(f"{folder} contains no packed weights")
     return files, masked
 
 

@@ -47,7 +47,7 @@ def pack(folder: Path, out: Path, progress: OnFile = lambda *_: None, *, overwri
         raise UserError(f"{folder} is packed already")
     check_no_adapters(str(folder), folder)
     if not any(path.suffix == ".safetensors" for path in files):
-        raise UserError(f"{folder} holds no safetensors weights: there is nothing to pack")
+        raise UserError(f"{folder} contains no safetensors weights: there is nothing to pack")
     check_output(out, overwrite=overwrite)
     _keep_apart(folder, out)
     record: dict[str, dict[str, object]] = {}
@@ -89,7 +89,7 @@ def unpack(folder: Path, out: Path, progress: OnFile = lambda *_: None, *, overw
     """
     manifest = folder / PACK_MANIFEST
     if not manifest.is_file():
-        raise UserError(f"{folder} is no archive: it has no {PACK_MANIFEST}; 'admm-prune pack' makes one")
+        raise UserError(f"{folder} is not an archive: it has no {PACK_MANIFEST}; 'admm-prune pack' makes one")
     try:
         record = json.loads(manifest.read_bytes())["files"]
         files = {str(name): (str(file["sha256"]), len(file["packed_tensors"])) for name, file in record.items()}

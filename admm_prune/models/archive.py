@@ -144,7 +144,7 @@ def pack_file(source: Path, out: Path) -> list[str]:
         The names of the tensors that were packed.
 
     Raises:
-        UserError: `source` is no safetensors file, or packed already.
+        UserError: `source` is not a safetensors file, or packed already.
     """
     header, entries = read_header(source)
     if _HEADER in json.loads(header).get("__metadata__", {}):
@@ -188,7 +188,7 @@ def unpack_file(source: Path, out: Path) -> None:
     """The exact inverse of `pack_file`, with one tensor in memory.
 
     Raises:
-        UserError: `source` is no packed file, or its bits and values do not belong together.
+        UserError: `source` is not a packed file, or its bits and values do not belong together.
     """
     packed_header, _ = read_header(source)
     metadata = json.loads(packed_header).get("__metadata__", {})
@@ -215,7 +215,7 @@ def unpacked_entries(source: Path) -> list[Entry]:
     """The tensors of the file that a packed file was made of.
 
     Raises:
-        UserError: `source` is no packed file.
+        UserError: `source` is not a packed file.
     """
     metadata = json.loads(read_header(source)[0]).get("__metadata__", {})
     if _HEADER not in metadata:

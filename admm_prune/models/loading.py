@@ -99,7 +99,7 @@ def from_module(model: Any, tokenizer: Any) -> LoadedModel:
     if tokenizer is None:
         raise UserError("a model given as a module needs its tokenizer beside it")
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise UserError(f"{kind} is no model of transformers: give a causal language model, its folder or its Hub id")
+        raise UserError(f"{kind} is not a model of transformers: pass a causal language model, a folder or a Hub id")
     if any(module.training for module in model.modules()):
         raise UserError("the model is in training mode, where it drops activations at random: call model.eval() first")
     _check_weights(kind, model)

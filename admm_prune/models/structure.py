@@ -231,7 +231,7 @@ def _check_decoder(model: Any) -> None:
     """Refuses encoder-decoder and multimodal models."""
     config, kind = getattr(model, "config", None), type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{kind} is an encoder with a decoder: only models of a decoder alone can be pruned")
+        raise UserError(f"{kind} is an encoder with a decoder: only decoder-only models can be pruned")
     of_text = getattr(config, "get_text_config", None)
     if callable(of_text) and of_text() is not config:
-        raise UserError(f"{kind} reads more than text: only models of text alone can be pruned")
+        raise UserError(f"{kind} reads more than text: only text-only models can be pruned")

@@ -71,7 +71,7 @@ def exact_refit(hessian: Tensor, minimizer: Tensor, mask: Tensor, tolerance: flo
             f"the mask must be boolean and of shape {tuple(minimizer.shape)}, not {mask.dtype} {tuple(mask.shape)}"
         )
     if not bool(hessian.isfinite().all() and minimizer.isfinite().all()):
-        raise ValueError("the Hessian or the minimizer holds NaN or Inf")
+        raise ValueError("the Hessian or the minimizer contains NaN or Inf")
     if bool((hessian.diagonal() <= 0).any()):
         raise ValueError("the Hessian has diagonal entries <= 0: cut these channels out")
     unit, scale = unit_diagonal(hessian.double())

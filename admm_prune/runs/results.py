@@ -212,7 +212,7 @@ def load_report(folder: str | Path) -> Report:
         )
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{place / MANIFEST} is no manifest of this release ({type(error).__name__}: {error})"
+            f"{place / MANIFEST} is not a manifest of this release ({type(error).__name__}: {error})"
         ) from error
 
 

@@ -263,7 +263,7 @@ def checked_start(problem: Problem, start: Any) -> Point | None:
         given = f"a {type(start).__name__}" if forms[0] is None else f"one with {forms[0]}"
         raise UserError(f"a start for {type(problem).__name__} is a Point with {forms[1]}, not {given}")
     if not start.is_finite():
-        raise UserError("the start holds NaN or Inf")
+        raise UserError("the start contains NaN or Inf")
     return dense.map(lambda x, begin: begin.to(x.dtype), start)
 
 

@@ -221,7 +221,7 @@ def _check_nan(case: Case, constraint: Constraint, frame: Frame) -> None:
             raise AssertionError(
                 f"{case.owner} must refuse NaN with a ValueError; it raised {kind}: {error}"
             ) from error
-        case.require(False, "refuse a point that holds NaN with a ValueError", f"entry {i} was taken")
+        case.require(False, "refuse a point that contains NaN with a ValueError", f"entry {i} was taken")
 
 
 def _check_contains(case: Case, constraint: SupportConstraint, frame: Frame) -> None:

@@ -106,7 +106,7 @@ def _verify_claims(
     )
     v: Array = weight.double().numpy()
     bad = int((~np.isfinite(v)).sum())
-    if not report.expect("finite values", bad == 0, f"the weight holds NaN or Inf: {bad} of {v.size} entries"):
+    if not report.expect("finite values", bad == 0, f"the weight contains NaN or Inf: {bad} of {v.size} entries"):
         return
     _check_sparsity(report, claims, v)
     constraint = _check_method(report, claims)
@@ -429,7 +429,7 @@ def _read_solved(path: Path) -> tuple[Tensor, dict[str, str], list[str]]:
         metadata = dict(file.metadata() or {})
         names = sorted(file.keys())
         if "weight" not in names:
-            raise UserError(f"{path} holds no 'weight': it is no solved layer")
+            raise UserError(f"{path} contains no 'weight': it is not a solved layer")
         weight: Tensor = file.get_tensor("weight")
     return weight, metadata, names
 

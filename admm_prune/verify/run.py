@@ -109,7 +109,7 @@ def verify_folder(
             raise
         report.expect("manifest", False, str(error))
     except _MALFORMED as error:
-        what = f"{folder / MANIFEST} is no manifest of this release ({type(error).__name__}: {in_full(error)})"
+        what = f"{folder / MANIFEST} is not a manifest of this release ({type(error).__name__}: {in_full(error)})"
         if not report.failures:
             raise UserError(what) from error
         report.expect("manifest", False, what)
@@ -316,7 +316,7 @@ def _verify_weights(report: Verification, folder: Path, manifest: Manifest) -> b
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  # no mapping
                 finite = bool(torch.isfinite(file.get_tensor(key)).all())
-                sound &= report.expect("finite values", finite, f"the tensor {key} holds NaN or Inf")
+                sound &= report.expect("finite values", finite, f"the tensor {key} contains NaN or Inf")
     return sound
 
 

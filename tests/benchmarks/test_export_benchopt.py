@@ -97,6 +97,6 @@ def test_what_is_no_layer_problem_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a safetensors file"):
         export(tmp_path / "x.safetensors", tmp_path / "out")
     (tmp_path / "none").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no layer problem files"):
+    with pytest.raises(FileNotFoundError, match="contains no layer problem files"):
         export(tmp_path / "none", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -192,7 +192,7 @@ def test_a_captured_layer_is_solved_by_every_solver(
         errors[solver] = solved["relative_error"]
     assert errors["admm"] < errors["sparsegpt"] < errors["magnitude"]
     again = ("capture", *options, "--out", "layer.safetensors")
-    assert "layer.safetensors holds an earlier result" in command(*again).err
+    assert "layer.safetensors contains an earlier result" in command(*again).err
     assert command(*again, "--overwrite").status == 0
 
 

@@ -62,7 +62,7 @@ def test_every_command_asks_before_it_replaces(
     again = command(*job)
     assert again.status == 2
     assert again.err == (
-        "admm-prune: out holds an earlier result: replace it with --overwrite, or choose another output\n"
+        "admm-prune: out contains an earlier result: replace it with --overwrite, or choose another output\n"
     )
     assert snapshot(place) == before
     assert command(*job, "--overwrite").status == 0
@@ -85,7 +85,7 @@ def test_solve_asks_for_each_of_several_files(command: Command, place: Path, lay
     job = ("solve", layer_file, "--solver", "magnitude", "--sparsity", "0.5,0.7", "--out", "out.safetensors")
     assert command(*job).status == 0
     (place / "out-0.5.safetensors").unlink()
-    assert "out-0.7.safetensors holds an earlier result" in command(*job).err
+    assert "out-0.7.safetensors contains an earlier result" in command(*job).err
     assert not (place / "out-0.5.safetensors").exists()
     assert command(*job, "--overwrite").status == 0
 
@@ -117,7 +117,7 @@ def test_prune_from_python(model_folder: Path, text_file: Path, place: Path) -> 
 
     prune()
     before = snapshot(place)
-    with pytest.raises(UserError, match="out holds an earlier result: replace it with --overwrite"):
+    with pytest.raises(UserError, match="out contains an earlier result: replace it with --overwrite"):
         prune()
     with pytest.raises(UserError, match="nothing to resume: out is finished; leave --resume out"):
         prune(resume=True)
@@ -134,7 +134,7 @@ def test_a_comparison_that_is_finished_stays(model_folder: Path, text_file: Path
     settings = ComparisonSettings(
         run=Settings(str(model_folder), data=str(text_file)), methods=("magnitude",), targets=(Target(0.5),)
     )
-    with pytest.raises(UserError, match="out holds an earlier result"):
+    with pytest.raises(UserError, match="out contains an earlier result"):
         compare(settings, Path("out"))
     assert [path.name for path in place.rglob("*")] == ["out", MANIFEST]
 
@@ -154,7 +154,7 @@ def test_a_run_that_goes_on_replaces_its_own_result_alone(same: bool, overwrite:
     out.mkdir()
     (out / MANIFEST).write_text(json.dumps(FACTS if same else FACTS | {"settings": {"method": "admm"}}))
     if not (same or overwrite):
-        with pytest.raises(UserError, match="holds an earlier result"), journal_of(out, resume=True):
+        with pytest.raises(UserError, match="contains an earlier result"), journal_of(out, resume=True):
             pytest.fail("it was opened")
         assert home_of(out).is_dir()
         return

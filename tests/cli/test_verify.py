@@ -131,7 +131,7 @@ def test_an_extra_weight_is_found_in_its_matrix(command: Command, pruned: Path) 
 
 def test_a_model_that_holds_nan(command: Command, pruned: Path) -> None:
     edit_tensor(pruned / "model.safetensors", UP, lambda weight: weight.fill_(torch.nan))
-    falsified(command("verify", pruned, "--json"), f"the tensor {UP} holds NaN or Inf")
+    falsified(command("verify", pruned, "--json"), f"the tensor {UP} contains NaN or Inf")
 
 
 def test_a_file_cut_short_or_gone(command: Command, pruned: Path) -> None:
@@ -266,7 +266,7 @@ def test_wrong_input(command: Command, place: Path, layer_file: Path, pruned: Pa
         (["missing"], "no such file or folder: missing"),
         (["notes.txt"], "notes.txt is not a safetensors file"),
         ([layer_file], "makes no claims: verify takes what 'admm-prune solve --out'"),
-        ([model_folder], "is no finished run: it has no admm_prune.json"),
+        ([model_folder], "is not a finished run: it has no admm_prune.json"),
         ([pruned, "--data", "missing.txt"], "missing.txt: there is no such file"),
     ):
         outcome = command("verify", *arguments)
@@ -274,6 +274,6 @@ def test_wrong_input(command: Command, place: Path, layer_file: Path, pruned: Pa
         assert outcome.err.count("\n") == 1
         assert reason in outcome.err
     (pruned / "admm_prune.json").write_text("{}")
-    assert "is no manifest of this release" in command("verify", pruned).err
+    assert "is not a manifest of this release" in command("verify", pruned).err
     (pruned / "admm_prune.json").write_text("{")
     assert "is not JSON" in command("verify", pruned).err

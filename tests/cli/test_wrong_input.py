@@ -50,7 +50,7 @@ def test_a_journal_in_the_way(command: Command, run: tuple[object, ...], place: 
     header.parent.mkdir()
     header.write_text("not ours")
     for more, reason in (
-        ([], "holds an unfinished run: continue with --resume"),
+        ([], "contains an unfinished run: continue with --resume"),
         (["--resume"], "header is damaged: the journal cannot be trusted; delete"),
     ):
         outcome = command(*run, "--sparsity", "0.5", "--out", "out", *more)
@@ -314,19 +314,22 @@ def with_entry(gram: torch.Tensor, value: float) -> torch.Tensor:
 
 
 LAYERS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
-    "no gram": (lambda t: {"weight": t["weight"]}, "has no 'gram': a layer file holds weight and gram"),
-    "no weight": (lambda t: {"gram": t["gram"]}, "has no 'weight': a layer file holds weight and gram"),
+    "no gram": (lambda t: {"weight": t["weight"]}, "has no 'gram': a layer file contains weight and gram"),
+    "no weight": (lambda t: {"gram": t["gram"]}, "has no 'weight': a layer file contains weight and gram"),
     "wrong width": (lambda t: t | {"gram": t["gram"][:5, :5].contiguous()}, "gram must be 8 x 8 for a weight of"),
     "a vector": (lambda t: t | {"gram": t["gram"][0].clone()}, "gram must be 8 x 8"),
     "three dimensions": (lambda t: t | {"weight": t["weight"][None].clone()}, "weight must be a real matrix"),
     "half precision": (lambda t: t | {"gram": t["gram"].half()}, "gram must be float32 or float64"),
     "not symmetric": (lambda t: t | {"gram": unsymmetric(t["gram"])}, "gram is not symmetric"),
-    "NaN": (lambda t: t | {"gram": with_entry(t["gram"], torch.nan)}, "gram holds NaN or Inf"),
-    "Inf": (lambda t: t | {"gram": with_entry(t["gram"], torch.inf)}, "gram holds NaN or Inf"),
+    "NaN": (lambda t: t | {"gram": with_entry(t["gram"], torch.nan)}, "gram contains NaN or Inf"),
+    "Inf": (lambda t: t | {"gram": with_entry(t["gram"], torch.inf)}, "gram contains NaN or Inf"),
     "negative diagonal": (lambda t: t | {"gram": with_entry(t["gram"], -1.0)}, "gram has a negative diagonal"),
     "indefinite": (lambda t: t | {"gram": 1.0 - torch.eye(8) + 1e-3 * torch.eye(8)}, "gram cannot be factored"),
-    "NaN held out": (lambda t: t | {"gram_holdout": with_entry(t["gram"], torch.nan)}, "gram_holdout holds NaN or Inf"),
-    "NaN weight": (lambda t: t | {"weight": t["weight"] * torch.nan}, "weight holds NaN or Inf"),
+    "NaN held out": (
+        lambda t: t | {"gram_holdout": with_entry(t["gram"], torch.nan)},
+        "gram_holdout contains NaN or Inf",
+    ),
+    "NaN weight": (lambda t: t | {"weight": t["weight"] * torch.nan}, "weight contains NaN or Inf"),
     "target unknown": (lambda t: t | {"cross_gram": t["gram"].clone()}, "cross_gram needs target_energy"),
 }  # fmt: skip
 

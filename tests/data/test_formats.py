@@ -194,7 +194,11 @@ broken_text = pyarrow.StringArray.from_buffers(
     1, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xed\xa0")
 )
 REFUSED: dict[str, tuple[str, bytes | Callable[[Path], Any], str]] = {
-    "a number too long": ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "line 1 holds a number that cannot"),
+    "a number too long": (
+        "a.jsonl",
+        b'{"text": "a", "n": ' + b"1" * 5000 + b"}",
+        "line 1 contains a number that cannot",
+    ),
     "deep nesting": ("a.jsonl", b'{"text": ' + b"[" * 200_000, "line 1 is nested too deeply"),
     "deep nesting in an array": ("a.json", b"[" * 200_000, "the file is nested too deeply"),
     "bytes that are no text": ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not a text file (byte 10 is not UTF-8)"),
@@ -205,7 +209,7 @@ REFUSED: dict[str, tuple[str, bytes | Callable[[Path], Any], str]] = {
     "an empty file": ("a.json", b"", "the text is empty"),
     "an empty array": ("a.json", b"[]", "the text is empty"),
     "rows that are numbers": ("a.json", b"[1, 2]", "row 1 is not a JSON object with the key 'text'"),
-    "a number alone": ("a.json", b"3", "holds an array of rows, not one int"),
+    "a number alone": ("a.json", b"3", "contains an array of rows, not one int"),
     "an empty row": ("a.jsonl", b"{}\n", "line 1: no column 'text'; found none"),
     "commas that are not quoted": (
         "a.csv",

@@ -158,9 +158,9 @@ def test_what_has_no_end_is_taken_up_to_a_number(monkeypatch: pytest.MonkeyPatch
 
 def test_tokens_beyond_the_model_are_refused() -> None:
     check_ids(Corpus("x", IDS), 9)
-    with pytest.raises(UserError, match="x: document 2 holds the token 8: the model has 0 to 7"):
+    with pytest.raises(UserError, match="x: document 2 contains the token 8: the model has 0 to 7"):
         check_ids(Corpus("x", IDS), 8)
-    with pytest.raises(UserError, match="document 1 holds the token -100"):
+    with pytest.raises(UserError, match="document 1 contains the token -100"):
         check_ids(Corpus("x", ((-100, 2),)), 8)
 
 

@@ -176,7 +176,7 @@ def test_refusals_of_names(tmp_path: Path) -> None:
     assert "no such file or folder" in refusal(tmp_path / "missing")
     assert "the name of the text is empty" in refusal("")
     assert "unknown kind of file '.docx'" in refusal(tmp_path / "a.docx")
-    assert "holds no .txt, .jsonl, .json, .csv, .tsv, .parquet" in refusal(tmp_path)
+    assert "contains no .txt, .jsonl, .json, .csv, .tsv, .parquet" in refusal(tmp_path)
     assert "no split 'dev'" in refusal("embedded", split="dev")
 
 

@@ -232,7 +232,7 @@ def test_batches_and_the_plot(folders: dict[str, str], tmp_path: Path) -> None:
     plot = (tmp_path / "out/inference.svg").read_text()
     assert "<svg" in plot
     assert all(text in plot for text in ("packed", "tokens per second"))
-    with pytest.raises(UserError, match="holds an earlier result: replace it with --overwrite"):
+    with pytest.raises(UserError, match="contains an earlier result: replace it with --overwrite"):
         bench_inference(folders["mask"], **QUICK, out=tmp_path / "out")
     bench_inference(folders["mask"], **QUICK, out=tmp_path / "out", overwrite=True)
     (tmp_path / "out/inference.json").write_text("{}")

@@ -126,7 +126,7 @@ def test_wrong_input(model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="nothing to pack"):
         pack(tmp_path / "bare", tmp_path / "out")
-    with pytest.raises(UserError, match=r"is no archive: it has no admm_prune_pack\.json"):
+    with pytest.raises(UserError, match=r"is not an archive: it has no admm_prune_pack\.json"):
         unpack(model_folder, tmp_path / "out")
     with pytest.raises(UserError, match="is the folder itself, or in it"):
         pack(model_folder, model_folder / "packed")

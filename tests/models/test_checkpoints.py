@@ -474,7 +474,7 @@ def partly_in_training(_: Path) -> PreTrainedModel:
         ),
         (lambda _: LlamaForTokenClassification(LlamaConfig(**SMALL)).eval(), "gives no logits for the next token"),
         (lambda _: BertLMHeadModel(BertConfig(**SMALL)).eval(), "is no causal language model"),
-        (lambda _: nn.Linear(4, 4).eval(), "Linear is no model of transformers"),
+        (lambda _: nn.Linear(4, 4).eval(), "Linear is not a model of transformers"),
         (lambda _: llama(vocab_size=200), "has 300 token ids, but the model has embeddings for 200"),
     ],
     ids=["offloaded", "meta", "training", "no head", "classifies text", "classifies tokens", "encoder", "layer", "ids"],

@@ -178,7 +178,7 @@ def test_a_parameter_of_another_form_is_refused_rather_than_left_dense() -> None
 def test_an_encoder_and_other_senses_are_refused() -> None:
     tiny = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
     with pytest.raises(
-        UserError, match=r"^T5ForConditionalGeneration is an encoder with a decoder: only models of a decoder"
+        UserError, match=r"^T5ForConditionalGeneration is an encoder with a decoder: only decoder-only models"
     ):
         decoder_blocks(T5ForConditionalGeneration(T5Config(**tiny)))
     text = {
@@ -199,5 +199,5 @@ def test_an_encoder_and_other_senses_are_refused() -> None:
     seeing = LlavaForConditionalGeneration(
         LlavaConfig(text_config=LlamaConfig(**text), vision_config=CLIPVisionConfig(**vision))
     )
-    with pytest.raises(UserError, match=r"^LlavaForConditionalGeneration reads more than text: only models of text"):
+    with pytest.raises(UserError, match=r"^LlavaForConditionalGeneration reads more than text: only text-only models"):
         decoder_blocks(seeing)

@@ -178,9 +178,9 @@ def test_equal_sums_of_unlike_squares_are_ties() -> None:
 @pytest.mark.parametrize("name", ONE_OF_TWO)
 def test_nan_is_refused_in_the_point_and_in_the_metric(name) -> None:
     bad, ones = torch.tensor([1.0, 2.0, torch.nan, 0.0]), torch.ones(4)
-    with pytest.raises(ValueError, match="the point holds NaN"):
+    with pytest.raises(ValueError, match="the point contains NaN"):
         kept(ONE_OF_TWO[name], bad)
-    with pytest.raises(ValueError, match="the metric holds NaN"):
+    with pytest.raises(ValueError, match="the metric contains NaN"):
         kept(ONE_OF_TWO[name], ones, bad)
     with pytest.raises(ValueError, match="NaN"):
         ONE_OF_TWO[name].select(Point(weight=bad[None]))
@@ -192,7 +192,7 @@ def test_a_negative_metric_is_refused_and_one_of_zero_drops_its_entry(constraint
     metric["weight"][:, -1] = 0.0
     assert constraint.project(v, metric)["weight"].count_nonzero() == constraint.project(v)["weight"].count_nonzero()
     metric["weight"][0, 0] = -1.0
-    with pytest.raises(ValueError, match="the metric holds NaN or negative numbers"):
+    with pytest.raises(ValueError, match="the metric contains NaN or negative numbers"):
         constraint.project(v, metric)
 
 

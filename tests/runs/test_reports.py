@@ -292,7 +292,7 @@ def test_the_difference_of_two_runs(runs: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_reported_is_refused(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no finished run"):
+    with pytest.raises(UserError, match="is not a finished run"):
         write_report(tmp_path)
     (tmp_path / "mine.html").write_text("<p>my notes</p>")
     with pytest.raises(UserError, match="not written by admm-prune"):

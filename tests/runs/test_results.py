@@ -122,7 +122,7 @@ def test_a_folder_without_times_is_read(report: Report, tmp_path: Path) -> None:
 
 
 def test_what_is_no_report_is_refused(report: Report, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no finished run"):
+    with pytest.raises(UserError, match="is not a finished run"):
         load_report(tmp_path)
     with pytest.raises(UserError, match="is a comparison: load one of its models"):
         load_report(altered(report, tmp_path / "compared", lambda manifest: manifest.update(rows=[])))
@@ -132,6 +132,6 @@ def test_what_is_no_report_is_refused(report: Report, tmp_path: Path) -> None:
 
     for number, change in enumerate((lambda manifest: manifest.pop("dense"), unlike)):
         place = altered(report, tmp_path / str(number), change)
-        with pytest.raises(UserError, match="is no manifest of this release") as refused:
+        with pytest.raises(UserError, match="is not a manifest of this release") as refused:
             load_report(place)
         assert "\n" not in str(refused.value)

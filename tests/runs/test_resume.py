@@ -178,7 +178,7 @@ def test_what_is_not_the_same_is_refused_and_nothing_is_lost(
         assert fingerprints(home) == before
         assert not out.exists()
 
-    refused("holds an unfinished run: continue with --resume, or delete the folder", resume=False)
+    refused("contains an unfinished run: continue with --resume, or delete the folder", resume=False)
     refused("was begun with method wanda, not magnitude: --resume needs the same arguments", method="magnitude")
     refused("was begun with sparsity 0.3, not 0.4", sparsity=0.4)
     refused("was begun with seed 0, not 1", seed=1)

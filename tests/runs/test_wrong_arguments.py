@@ -109,8 +109,8 @@ def test_a_misspelt_argument_is_named_as_in_python() -> None:
         (None, "a path must be a string or a pathlib.Path, not None"),
         (b"x", "a path must be a string or a pathlib.Path, not b'x'"),
         (["x"], "a path must be a string or a pathlib.Path, not ['x']"),
-        ("nowhere", "nowhere is no finished run"),
-        (__file__, "is no finished run"),
+        ("nowhere", "nowhere is not a finished run"),
+        (__file__, "is not a finished run"),
     ],
 )
 def test_load_report_refuses(folder: Any, reason: str) -> None:
@@ -122,7 +122,7 @@ def test_load_report_refuses(folder: Any, reason: str) -> None:
 @pytest.mark.parametrize("content", [b"[]", b"{", b"{}", b"null", b"\xff\xfe\x00", json.dumps({"layers": 5}).encode()])
 def test_load_report_refuses_what_is_no_manifest(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "admm_prune.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"admm_prune.json is (no manifest|not JSON)") as refused:
+    with pytest.raises(UserError, match=r"admm_prune.json is not (a manifest|JSON)") as refused:
         load_report(tmp_path)
     assert "\n" not in str(refused.value)
 

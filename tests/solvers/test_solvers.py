@@ -355,7 +355,7 @@ def test_a_start_of_another_form_is_refused_in_a_line(solver) -> None:
         (Point(w=problem.weight), r"is a Point with \{'weight': \(6, 16\)\}, not one with \{'w': \(6, 16\)\}"),
         (Point(weight=problem.weight[:2]), r"not one with \{'weight': \(2, 16\)\}"),
         (problem.weight, "a start for LayerReconstruction is a Point .* not a Tensor"),
-        (Point(weight=problem.weight * torch.nan), "the start holds NaN or Inf"),
+        (Point(weight=problem.weight * torch.nan), "the start contains NaN or Inf"),
     ):
         with pytest.raises(UserError, match=message):
             solver.solve(problem, start=start)

@@ -393,7 +393,7 @@ BROKEN_CONSTRAINTS = [
     (WritesIntoItsArgument(0.5), "not modify the arguments of project"),
     (RoundsWhatItKeeps(2, 3), "keep the entries of v that it does not drop, bitwise|closest point"),
     (AnswersInFloat64(2, 3), "float16 must keep names, shapes, dtypes"),
-    (TakesNaN(0.5), "refuse a point that holds NaN"),
+    (TakesNaN(0.5), "refuse a point that contains NaN"),
     (LeavesZerosOut(0.5), "full size, also where scores are zero"),
     (ContainsTooMuch(0.5), "closest point of all supports|full size"),
     (ContainsOnlyFullOnes(0.5), "contain"),

@@ -231,7 +231,7 @@ def test_weights_that_are_not_finite_or_of_another_shape(layer: Path) -> None:
 
     path = solved(layer)
     falsify(path, poison)
-    assert verify_layer(path).failures[-1] == "the weight holds NaN or Inf: 3 of 240 entries"
+    assert verify_layer(path).failures[-1] == "the weight contains NaN or Inf: 3 of 240 entries"
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata())
     save_file({"weight": torch.zeros(10, 23)}, path, metadata)

@@ -70,12 +70,12 @@ class SparseSet(ABC):
             A new point with v's dtypes and devices.
 
         Raises:
-            ValueError: v holds NaN, the metric NaN or a negative number, or the shapes do not admit this set.
+            ValueError: v contains NaN, the metric NaN or a negative number, or the shapes do not admit this set.
         """
         if any(x.numel() and bool(torch.isnan(x.amax())) for x in v.values()):
-            raise ValueError("the point holds NaN: there is no closest point")
+            raise ValueError("the point contains NaN: there is no closest point")
         if metric is not None and not all(bool(m.amin() >= 0) for m in metric.values() if m.numel()):  # NaN is not
-            raise ValueError("the metric holds NaN or negative numbers: there is no closest point")
+            raise ValueError("the metric contains NaN or negative numbers: there is no closest point")
         score = v.map(torch.abs) if metric is None else _weighted(v, metric)
         return v.map(lambda x, mask: x.where(mask, 0), self.select(score))
 

@@ -16,7 +16,7 @@ from admm_prune.errors import UserError
 from admm_prune.models.archive import PACK_MANIFEST
 
 MANIFEST = "admm_prune.json"
-_EARLIER = "holds an earlier result: replace it with --overwrite, or choose another output"
+_EARLIER = "contains an earlier result: replace it with --overwrite, or choose another output"
 TIMINGS = "timings.json"  # separate from the manifest, which is identical in equal runs
 
 

@@ -255,7 +255,7 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
             raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
         if begun and not resume:
             raise UserError(
-                f"{home} holds an unfinished run: continue with --resume, or delete the folder to start over"
+                f"{home} contains an unfinished run: continue with --resume, or delete the folder to start over"
             )
         journal = FolderJournal(out, resumed=begun, overwrite=overwrite)
         keep = begun

@@ -85,7 +85,7 @@ def options_of(settings: Mapping[str, Any]) -> list[str]:
 
 
 def best_of_target(rows: Sequence[Mapping[str, Any]]) -> list[bool]:
-    """For each row of a comparison, whether its first primary metric is the best at its target; None is no number."""
+    """Whether each row of a comparison has the best first primary metric at its target; None is never the best."""
     sign = 1 if METRICS[RANKING].lower_is_better else -1
     best: dict[str, float] = {}
     for row in rows:

@@ -34,7 +34,7 @@ def write_report(folder: Path) -> Path:
     Of a comparison also `perplexity.png`, and no page of its models, which have their own.
 
     Raises:
-        UserError: the folder is no finished run, or an archive, or a file of it cannot be read.
+        UserError: the folder is not a finished run, is an archive, or has a file that cannot be read.
         WriteError: a file of it cannot be written.
     """
     _check_not_packed(folder)
@@ -56,7 +56,7 @@ def write_difference(first: Path, second: Path, out: Path, *, overwrite: bool = 
         overwrite: replace an earlier page there, which is refused otherwise.
 
     Raises:
-        UserError: a folder is no run, or an archive, or `out` is not ours to write.
+        UserError: a folder is not a run, is an archive, or `out` was not written by us.
     """
     for folder in (first, second):
         _check_not_packed(folder)
@@ -100,10 +100,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder} is no finished run: it has no {MANIFEST}")
+        raise UserError(f"{folder} is not a finished run: it has no {MANIFEST}")
     manifest = read_json(path)
     if not isinstance(manifest, dict):
-        raise UserError(f"{path} is no manifest")
+        raise UserError(f"{path} is not a manifest")
     return manifest
 
 

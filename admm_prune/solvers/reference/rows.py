@@ -380,7 +380,7 @@ def scaled_hessian(owner: str, problem: Quadratic) -> tuple[Form, Array]:
     diagonal = hessian.diagonal()
     names = f"{owner} needs a positive definite Hessian; that of {type(problem).__name__}"
     if not np.isfinite(hessian).all():
-        raise ValueError(f"{names} holds NaN or Inf")
+        raise ValueError(f"{names} contains NaN or Inf")
     if not (diagonal > 0).all():
         raise ValueError(f"{names} has {int((diagonal <= 0).sum())} diagonal entries <= 0: cut these channels out")
     form, exponents = scaled_form(hessian)

@@ -174,7 +174,7 @@ def _checked(hessian: Tensor, target: Tensor, keep: Sequence[int]) -> tuple[int,
     if not all(0 <= k <= width for k in keep):
         raise ValueError(f"prove_rows keeps from 0 to {width} entries of a row, not {sorted(set(keep))}")
     if not bool(hessian.isfinite().all() and target.isfinite().all()):
-        raise ValueError("prove_rows: a Hessian or a target holds NaN or Inf")
+        raise ValueError("prove_rows: a Hessian or a target contains NaN or Inf")
     if not torch.equal(hessian, hessian.mT):
         raise ValueError("prove_rows: a Hessian is not symmetric")
     diagonal = hessian.double().diagonal(dim1=-2, dim2=-1)
