@@ -125,7 +125,7 @@ def test_templates(path: Path) -> None:
     [
         ("choose one with --no-such-option", ["--no-such-option"]),
         ("measure it: 'admm-prune pack a b --sparsity 0.5'", ["pack --sparsity"]),
-        ("give compare --tasks", ["compare --tasks"]),
+        ("give compare --stream", ["compare --stream"]),
         ("see 'admm-prune bench memory --most 1e8'", []),
         ("a dash -- and --- are none", []),
     ],

@@ -52,7 +52,11 @@ TEXTS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         content(b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n'),
         "column 'messages': a message has a part of type 'image': only text can be read",
     ),
-    "JSON with a number too long": ("text.jsonl", content(b'{"text": ' + b"1" * 5000 + b"}"), "line 1 holds a number"),
+    "JSON with a number too long": (
+        "text.jsonl",
+        content(b'{"text": ' + b"1" * 5000 + b"}"),
+        "line 1 contains a number",
+    ),
     "JSON that is nested": ("text.json", content(b"[" * 100_000), "nested too deeply"),
     "gzip that is none": ("text.jsonl.gz", content(b"{}"), "Not a gzipped file"),
     "JSON with nulls alone": ("text.jsonl", content(b'{"text": null}\n'), "the text is empty"),
