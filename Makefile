@@ -35,7 +35,7 @@ gpu: $(INSTALLED) ## the tests that need a CUDA device, in at most 4 minutes, in
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 		then TRITON_CACHE_DIR=$(CURDIR)/.triton timeout 240 $(PYTEST) $(GPU_ARGS) tests; else echo 'no CUDA device: the tests marked gpu are left out'; fi
 
-bench: $(INSTALLED) ## the micro benchmarks, each beside its floor; benchmarks/README.md has the larger ones
+bench: $(INSTALLED) ## micro-benchmarks of single operations, with lower bounds; benchmarks/README.md has the larger ones
 	$(ONE_THREAD) $(PYTEST) benchmarks/micro -p no:xdist --benchmark-timer=time.process_time $(BENCH_ARGS)
 
 catalogue: $(INSTALLED) ## try every solver on every problem and set, and write down what `list` and the docs show

@@ -1,1 +1,1 @@
-"""Layer problems, the leaderboard of solvers on them, gaps to the proven optimum, and the parts measured one by one."""
+"""Layer problems, the leaderboard of solvers on them, gaps to the proven optimum, and times of single operations."""

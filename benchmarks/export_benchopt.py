@@ -3,8 +3,8 @@
     python -m benchmarks.export_benchopt LAYERS OUT
     benchopt run OUT
 
-LAYERS is a layer problem file or a folder of them. Everything that judges a solver is numpy; to compare another solver
-is to add a file to OUT/solvers.
+LAYERS is a layer problem file or a folder of them. Solvers are judged by NumPy code alone.
+Add a file to OUT/solvers to compare another solver.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layer problems to measure solvers on: drawn ones and those of real models, as safetensors files.
+"""Layer problems to measure solvers on, synthetic and from real models, as safetensors files.
 
     python -m benchmarks.instances OUT [--seed N] [OUTxIN ...]
     python -m benchmarks.instances OUT --model embedded

@@ -58,8 +58,10 @@ MEASURED = """## Measured here
 
 The model is SmolLM2-135M-Instruct (134.5 M parameters, 30 blocks), dequantized from 4-bit GGUF. Calibration is on the
 validation text of WikiText-2 and evaluation on its test text, by `python -m benchmarks.real_model`, and rows with other
-options by `python -m benchmarks.joint`; the papers calibrate on another corpus (C4), which is harder. In parentheses:
-the ratio to `sparsegpt`.
+options by `python -m benchmarks.joint`; the complete commands are in `command.txt` of the folders that are named below.
+The papers calibrate on another corpus (C4), which is harder. In parentheses: the ratio to `sparsegpt` on the same draw.
+Over several draws of the calibration text, the perplexity is the mean ± half of the range. BLiMP is the accuracy ± its
+standard error.
 """
 
 PUBLISHED = """## Published

@@ -2,7 +2,7 @@
 
     python examples/training_loop.py [--model embedded] [--data embedded] [--steps 100] [--sparsity 0.8]
 
-Weights go one by one, by gradual pruning; leave out `penalty`, `ramp` and `freeze` for ELSA's ADMM.
+The sparsity is raised gradually; leave out `penalty`, `ramp` and `freeze` for ELSA's ADMM.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The parts of the solvers, one by one, each beside its floor: `make bench`."""
+"""Single operations of the solvers, each with the lower bound of its time: `make bench`."""

@@ -1,4 +1,4 @@
-"""Times each part and sets it beside its floor."""
+"""Times each operation, and reports it with the lower bound of its time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.micro.floors import Layer, Measure, Rates
+from benchmarks.micro.rates import Layer, Measure, Rates
 
 SHAPES = "512x512,2048x2048"
 _RATES = pytest.StashKey[Rates]()
@@ -38,7 +38,7 @@ def rates(request: pytest.FixtureRequest) -> Rates:
 
 @pytest.fixture
 def measure(benchmark: Any, rates: Rates, request: pytest.FixtureRequest) -> Measure:
-    """measure(call, operations=, moved=, dtype=): times `call`, sets it beside its floor, returns what it returned.
+    """measure(call, operations=, moved=, dtype=): times `call`, records the bound, returns the result of the call.
 
     `moved` are the bytes that must be read or written.
     """
@@ -49,9 +49,9 @@ def measure(benchmark: Any, rates: Rates, request: pytest.FixtureRequest) -> Mea
     ) -> Any:
         result = benchmark(call)
         if benchmark.stats is not None:  # None with --benchmark-disable
-            spent, floor = benchmark.stats.stats.median, rates.floor(operations, moved, dtype)
-            benchmark.extra_info.update(operations=operations, bytes=moved, floor=floor, times_floor=spent / floor)
-            rates.lines.append((request.node.name, spent, floor))
+            spent, bound = benchmark.stats.stats.median, rates.lower_bound(operations, moved, dtype)
+            benchmark.extra_info.update(operations=operations, bytes=moved, lower_bound=bound, ratio=spent / bound)
+            rates.lines.append((request.node.name, spent, bound))
         return result
 
     return run
@@ -62,11 +62,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if rates is None:
         return
     single, double = (rates.operations[dtype] / 1e9 for dtype in (torch.float32, torch.float64))
-    terminalreporter.section("against the floor")
+    terminalreporter.section("times and their lower bounds")
     terminalreporter.line(
         f"rates of this machine now: {single:.0f} GFLOP/s in float32, {double:.0f} in float64, "
         f"{rates.bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} thread(s)"
     )
-    terminalreporter.line(f"{'part':60}{'median ms':>12}{'floor ms':>12}{'times floor':>13}")
-    for name, spent, floor in rates.lines:
-        terminalreporter.line(f"{name:60}{1e3 * spent:>12.3f}{1e3 * floor:>12.3f}{spent / floor:>13.1f}")
+    terminalreporter.line(f"{'operation':60}{'median ms':>12}{'bound ms':>12}{'ratio':>13}")
+    for name, spent, bound in rates.lines:
+        terminalreporter.line(f"{name:60}{1e3 * spent:>12.3f}{1e3 * bound:>12.3f}{spent / bound:>13.1f}")

@@ -15,7 +15,7 @@ from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.schedules import Constant
 from admm_prune.solvers.x_updates import QuadraticUpdate
 from admm_prune.statistics import GramAccumulator
-from benchmarks.micro.floors import Layer, Measure
+from benchmarks.micro.rates import Layer, Measure
 
 ITERATIONS = 10
 TOKENS = 2048
@@ -35,7 +35,7 @@ def problem(layer: Layer, constraint: SparseSet) -> LayerReconstruction:
 
 
 def test_product(measure: Measure, layer: Layer) -> None:
-    """H W^T, the unit of the leaderboard. Floor: 2 out in^2 operations."""
+    """H W^T, the unit of the leaderboard. Lower bound: 2 out in^2 operations."""
     out = torch.empty(layer.width, layer.rows)
     measure(
         lambda: torch.matmul(layer.hessian, layer.weight.T, out=out),
@@ -45,7 +45,7 @@ def test_product(measure: Measure, layer: Layer) -> None:
 
 
 def test_inverse_factor(measure: Measure, layer: Layer) -> None:
-    """U with A^-1 = U^T U. Floor: 2/3 in^3, a Cholesky factorization and a triangular inverse of in^3 / 3 each."""
+    """U with A^-1 = U^T U. Lower bound: 2/3 in^3, a Cholesky factorization and a triangular inverse."""
     factor: Tensor = measure(
         lambda: quadratic.inverse_factor(layer.hessian), operations=2 / 3 * layer.width**3, moved=8 * layer.width**2
     )
@@ -53,14 +53,14 @@ def test_inverse_factor(measure: Measure, layer: Layer) -> None:
 
 
 def test_cholesky_inverse(measure: Measure, layer: Layer) -> None:
-    """ADMM's (A + rho I)^-1. Floor: in^3 operations, all of them counted once for a symmetric result."""
+    """ADMM's (A + rho I)^-1. Lower bound: in^3 operations, all of them counted once for a symmetric result."""
     update = QuadraticUpdate(problem(layer, Unstructured(0.7)))
     measure(lambda: update.prepare(0.3), operations=layer.width**3, moved=8 * layer.width**2)
 
 
 @patterns
 def test_admm_step(measure: Measure, layer: Layer, constraint: SparseSet) -> None:
-    """One iteration at a settled penalty. Floor: one product; V, Z and W read, Z and the right-hand side written."""
+    """One iteration at a settled penalty. Lower bound: a product; V, Z and W read, Z and right-hand side written."""
     solver, task = ADMM(penalty=Constant(0.3)), problem(layer, constraint)
     state = solver.init(task, None)
     solver.step(task, state, 0)
@@ -73,7 +73,7 @@ def test_admm_step(measure: Measure, layer: Layer, constraint: SparseSet) -> Non
 
 @patterns
 def test_sparsegpt_sweep(measure: Measure, layer: Layer, constraint: SparseSet) -> None:
-    """The whole solve, but for its objective. Floor: out in^2 operations of the sweep, 2/3 in^3 of the factor."""
+    """The whole solve, but for its objective. Lower bound: out in^2 operations of the sweep, 2/3 in^3 of the factor."""
     task = problem(layer, constraint)
     result = measure(
         lambda: SparseGPT().solve(task),
@@ -85,7 +85,7 @@ def test_sparsegpt_sweep(measure: Measure, layer: Layer, constraint: SparseSet) 
 
 @patterns
 def test_refit(measure: Measure, layer: Layer, constraint: SparseSet) -> None:
-    """Ten conjugate-gradient iterations. Floor: one product each and one for the first residual."""
+    """Ten conjugate-gradient iterations. Lower bound: one product each and one for the first residual."""
     mask = constraint.select(problem(layer, constraint).initial())["weight"]
     start = layer.weight * mask
     measure(
@@ -98,7 +98,7 @@ def test_refit(measure: Measure, layer: Layer, constraint: SparseSet) -> None:
 
 
 def test_gram(measure: Measure, layer: Layer) -> None:
-    """2048 tokens added to a Gram. Floor: n in^2 operations in float64, half of a product because it is symmetric."""
+    """2048 tokens added to a Gram. Lower bound: n in^2 operations in float64, half a product by symmetry."""
     inputs = torch.randn(TOKENS, layer.width, generator=torch.Generator().manual_seed(0))
     gram = GramAccumulator(layer.width)
     measure(

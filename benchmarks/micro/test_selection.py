@@ -11,7 +11,7 @@ from torch import Tensor
 from admm_prune.ops import selection
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Blocks, NofM, RowWise, SparseSet, Unstructured
-from benchmarks.micro.floors import Layer, Measure
+from benchmarks.micro.rates import Layer, Measure
 
 KEPT = 0.3
 
@@ -27,7 +27,7 @@ def by_sort(score: Tensor, keep: int) -> Tensor:
 
 @pytest.mark.parametrize("select", [selection.largest, by_topk, by_sort], ids=["ours", "topk", "sort"])
 def test_largest(measure: Measure, layer: Layer, select: Callable[[Tensor, int], Tensor]) -> None:
-    """Floor: every score read once, every bit of the mask (a byte) written once."""
+    """Lower bound: every score read once, every bit of the mask (a byte) written once."""
     score = layer.weight.abs()
     keep = round(KEPT * score.numel())
     mask = measure(lambda: select(score, keep), moved=5 * score.numel())
@@ -36,7 +36,7 @@ def test_largest(measure: Measure, layer: Layer, select: Callable[[Tensor, int],
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "topk"])
 def test_largest_per_row(measure: Measure, layer: Layer, ours: bool) -> None:
-    """Floor: as for the whole matrix."""
+    """Lower bound: as for the whole matrix."""
     score = layer.weight.abs()
     keep = round(KEPT * layer.width)
 
@@ -51,7 +51,7 @@ def test_largest_per_row(measure: Measure, layer: Layer, ours: bool) -> None:
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "topk"])
 def test_two_of_four(measure: Measure, layer: Layer, ours: bool) -> None:
-    """Floor: as for the whole matrix."""
+    """Lower bound: as for the whole matrix."""
     score = layer.weight.abs()
     grouped = score.unflatten(-1, (-1, 4))
 
@@ -69,7 +69,7 @@ def test_two_of_four(measure: Measure, layer: Layer, ours: bool) -> None:
 )
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "metric"])
 def test_projection(measure: Measure, layer: Layer, constraint: SparseSet, weighted: bool) -> None:
-    """Floor: the point read once (and the metric), its projection written once."""
+    """Lower bound: the point read once (and the metric), its projection written once."""
     point = Point(weight=layer.weight)
     metric = Point(weight=layer.hessian.diagonal().expand_as(layer.weight)) if weighted else None
     projected = measure(lambda: constraint.project(point, metric), moved=8 * layer.weight.numel())

@@ -1,4 +1,4 @@
-"""What a part cannot be faster than: its operations and bytes at this machine's measured rates."""
+"""Lower bounds of times: operations and bytes at the measured rates of this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Measure = Callable[..., Any]  # see the fixture `measure`
 
 @dataclass
 class Rates:
-    """Operations a second by dtype, bytes a second, and the lines of the closing table: name, seconds, floor.
+    """Operations a second by dtype, bytes a second, and the lines of the closing table: name, seconds, lower bound.
 
     All by the CPU time of one thread, which other processes disturb least.
     """
@@ -35,8 +35,8 @@ class Rates:
             bandwidth=2 * 4 * source.numel() / _median(lambda: target.copy_(source)),
         )
 
-    def floor(self, operations: float, moved: float, dtype: torch.dtype) -> float:
-        """Seconds: the longer of the two, as if the other were hidden behind it."""
+    def lower_bound(self, operations: float, moved: float, dtype: torch.dtype) -> float:
+        """Seconds: the longer of the two, because computing and moving can overlap."""
         return max(operations / self.operations[dtype], moved / self.bandwidth)
 
 
