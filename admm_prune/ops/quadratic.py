@@ -38,7 +38,7 @@ def energy(v: Tensor, hessian: Tensor, origin: Tensor | None = None) -> float:
         if origin is not None:
             e = e - origin[i * tile : (i + 1) * tile].double()
         for start in range(0, len(hessian), tile):
-            above = hessian[: start + tile, start : start + tile].double()
+            above = hessian[: start + tile, start : start + tile].to(torch.float64, copy=True)  # changed below
             above[:start] *= 2
             total += (e[:, : start + tile] @ above).mul_(e[:, start : start + tile]).sum()
     return float(total)
