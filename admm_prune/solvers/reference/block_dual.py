@@ -140,7 +140,7 @@ def partition_of(hessian: Tensor, cells: Cells, width: int) -> Partition:
     indices = torch.cartesian_prod(*[torch.arange(len(single))] * together).view(-1, together)
     supports = single[indices].flatten(1)
     choices = torch.zeros(len(supports), dtype=torch.long) if patterned else indices.sum(1)
-    keep = torch.empty(0) if patterned else cells.keep.float()
+    keep = cells.keep.new_empty(0) if patterned else cells.keep
     return Partition(columns, supports, choices, cells.tile[0], keep)
 
 
@@ -243,7 +243,7 @@ def block_loss(hessian: Tensor, blocks: Tensor, target: Tensor, shift: Tensor, p
     counts = range(int(partition.choices.max()) + 1)
     most = torch.stack([gains[..., partition.choices == count].amax(-1) for count in counts], -1)
     lines = partition.lines(most)
-    admitted = most_gained(lines, partition.keep.to(gains.dtype))
+    admitted = most_gained(lines, partition.keep)
     # a price l adds rounding of l choices to every line, and l is at most the largest gain
     rounding = gamma(lines.shape[1] + 16) * (admitted + lines.amax() * lines.shape[2] * lines.shape[1])
     gained = math.fsum((admitted + (rounding if len(partition.keep) else 0)).tolist())

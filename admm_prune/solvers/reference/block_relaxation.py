@@ -38,7 +38,7 @@ class Partition:
         supports: (supports, b), boolean: what is listed.
         choices: (supports,) how much of the budget each takes; zeros where there is none.
         height: rows that are kept together.
-        keep: (budgets,): one for each row, one for the matrix, or none.
+        keep: (budgets,) integers: one for each row, one for the matrix, or none.
     """
 
     columns: Tensor

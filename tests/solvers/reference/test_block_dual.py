@@ -16,7 +16,7 @@ from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.reference import BlockCertificate, BruteForce, block_bound, dual_bound
 from admm_prune.solvers.reference.block_dual import coupled, partition_of
 from admm_prune.solvers.reference.block_relaxation import largest_blocks, most_gained
-from admm_prune.solvers.reference.cells import cells_of
+from admm_prune.solvers.reference.cells import Cells, cells_of
 from tests.collection import exact
 from tests.solvers.reference.hostile import checked
 from tests.solvers.reference.instances import Toy, correlated, normal, spectral
@@ -98,6 +98,14 @@ def test_blocks_are_whole_groups_and_list_what_the_set_admits(constraint: Sparse
     kept = partition.supports.view(len(partition.supports), -1, unit).sum(2)
     assert bool((kept == 2).all() if isinstance(constraint, NofM) else ((kept == 0) | (kept == unit)).all())
     assert len(partition.supports.unique(dim=0)) == len(partition.supports)
+
+
+def test_a_budget_above_the_integers_of_float32_is_not_rounded() -> None:
+    keep = 2**24 + 1
+    partition = partition_of(correlated(8, 0), Cells.whole((4, 8), keep), 4)
+    assert partition.keep.tolist() == [keep]
+    lines = torch.ones(1, 1, 2, dtype=torch.float64)
+    assert float(most_gained(lines, partition.keep)) == 1.0
 
 
 def test_coupled_columns_are_put_together() -> None:
