@@ -360,7 +360,7 @@ def _check_bound(
 
     An inexpensive argument is repeated, and so are those of `proved`, which is by kind. Any other bound is compared
     with the exact optimum if every support can be tried, or with an inexpensive bound above it; otherwise its proof is
-    unchecked.
+    unchecked. The comparisons allow for the rounding of a recomputed bound; a published one is lowered by it.
     """
     claimed, kind = claims.bound, claims.bound_kind
     report.numbers |= {"bound": claimed, "bound_kind": kind}
@@ -369,10 +369,16 @@ def _check_bound(
     if budget is not None:
         with suppress(np.linalg.LinAlgError):
             bounds, doubt = cheap_bounds(problem, budget)
+    # The margin is not for the weight's own value, which may be arbitrarily bad.
+    floor, margin = problem.least, problem.floor_doubt()
+    lowered = {name: floor + (bound - floor) * (1 - doubt) - margin for name, bound in bounds.items() if doubt < 1}
+    lowered |= proved
+    best = max(lowered, key=lambda name: lowered[name], default=None)
+    report.numbers |= {"bound_recomputed": lowered.get(best or ""), "bound_recomputed_kind": best}
+    report.numbers["gap"] = None if best is None else proved_gap(value, lowered[best])
+    if doubt >= 1:
+        report.certificates.append("no inexpensive bound: the damped Gram is singular up to rounding")
     bounds |= proved
-    best = max(bounds, key=lambda name: bounds[name], default=None)
-    report.numbers |= {"bound_recomputed": bounds.get(best or ""), "bound_recomputed_kind": best}
-    report.numbers["gap"] = None if best is None else proved_gap(value, bounds[best])
     if not report.expect(
         "bound kind",
         (claimed is None) == (kind is None),
@@ -383,8 +389,6 @@ def _check_bound(
         return
     if not _is_below_value(report, claimed, value, slack):
         return
-    # The margin is not for the weight's own value, which may be arbitrarily bad.
-    floor, margin = problem.least, problem.floor_doubt()
 
     def below(loss: float, relative: float) -> bool:
         return claimed - floor <= loss * (1 + TOLERANCE + relative) + margin

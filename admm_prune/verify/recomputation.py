@@ -294,6 +294,8 @@ def cheap_bounds(problem: Definition, budget: Budget) -> tuple[dict[str, float],
         removal            loss(R) >= max_{j in R} w_j^2 / K_jj,
         Hessian diagonal   loss(R) >= lambda_min(Ã) sum_{j in R} w_j^2,
         inverse diagonal   loss(R) >= sum_{j in R} w_j^2 / K_jj / lambda_max(K with a unit diagonal).
+
+    No bounds, and a doubt of 1, where A is singular to working precision.
     """
     scale = problem.scale
     hessian = problem.hessian / scale / scale[:, None]
@@ -302,7 +304,7 @@ def cheap_bounds(problem: Definition, budget: Budget) -> tuple[dict[str, float],
     spectrum, basis = np.linalg.eigh(hessian)
     rounding = len(spectrum) * _EPSILON * float(spectrum[-1])
     if spectrum[0] <= rounding:
-        return {"Hessian diagonal": problem.least + rounding * _least_sum(squares, budget)}, 0.0
+        return {}, 1.0
     inverse = (basis / spectrum) @ basis.T
     variance = np.diagonal(inverse)
     spread = float(np.linalg.eigvalsh(inverse / np.sqrt(variance) / np.sqrt(variance)[:, None])[-1])

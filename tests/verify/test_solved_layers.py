@@ -21,7 +21,7 @@ from admm_prune.runs.claims import CLAIMS_DIGEST, Claims, claims_sha256, tensor_
 from admm_prune.runs.layer import solve_path
 from admm_prune.testing.instances import correlated_inputs, random_weight
 from admm_prune.verify.layer import verify_layer
-from admm_prune.verify.recomputation import Budget, define, least_loss, relative_error
+from admm_prune.verify.recomputation import Budget, cheap_bounds, define, least_loss, relative_error
 from admm_prune.verify.report import Verdict
 
 TARGETS = {"0": Target(0.0), "0.5": Target(0.5), "0.83": Target(0.83), "1": Target(1.0), "2:4": Target(None, (2, 4))}
@@ -101,6 +101,29 @@ def test_a_ridge_that_had_to_be_raised_is_the_one_that_is_claimed(tmp_path: Path
     with safe_open(path, framework="pt") as file:
         assert float(file.metadata()["ridge"]) > 0
     assert verify_layer(path).failures == []
+
+
+@pytest.mark.parametrize(("tokens", "ridge"), [(96, 1e-2), (7, 1e-10), (7, 0.0)])
+def test_a_published_bound_is_lowered_by_its_rounding_and_none_where_the_gram_is_singular(
+    tmp_path: Path, tokens: int, ridge: float
+) -> None:
+    layer = layer_file(tmp_path / "layer.safetensors", dtype=torch.float64, tokens=tokens)
+
+    def restate(weight: torch.Tensor, claims: dict[str, str]) -> None:
+        claims.update(ridge=repr(ridge), damping="0.0")
+        del claims["bound"], claims["bound_kind"]
+
+    path = solved(layer)
+    falsify(path, restate)
+    report = verify_layer(path)
+    bounds, doubt = cheap_bounds(define(load_layer_file(layer), ridge, 0.0), Budget(HALF, "matrix"))
+    if ridge == 0.0:
+        assert (bounds, doubt) == ({}, 1.0)
+        assert report.numbers["bound_recomputed"] is report.numbers["gap"] is None
+        assert "no inexpensive bound: the damped Gram is singular up to rounding" in report.certificates
+    else:
+        assert 0 < doubt < 1
+        assert report.numbers["bound_recomputed"] == pytest.approx(max(bounds.values()) * (1 - doubt), rel=1e-12)
 
 
 def alter(weight: torch.Tensor, claims: dict[str, str]) -> None:
