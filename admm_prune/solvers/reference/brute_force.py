@@ -12,6 +12,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
+from admm_prune.errors import NonFiniteError
 from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import GroupConstraint, Problem, Quadratic, checked_constraint, require
@@ -57,8 +58,8 @@ class GroupExact:
 
     Raises (solve):
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
-        ValueError: no groups of this size, one budget over a matrix, rows too wide, or a Hessian that is not positive
-            definite.
+        ValueError: supports of an unknown kind, rows too wide, too many supports of a group, or a Hessian that is not
+            positive definite. One budget over a matrix is a single group of all its entries.
     """
 
     max_sweeps: int = 50
@@ -143,6 +144,7 @@ class BruteForceGroups:
     Raises (solve):
         TypeError: the problem is not Quadratic, or its constraint no GroupConstraint.
         ValueError: too many sets, or a Hessian that is not positive definite.
+        NonFiniteError: no set has a finite loss.
     """
 
     max_supports: int = 5_000
@@ -164,9 +166,9 @@ class BruteForceGroups:
         sets = math.comb(count, min(keep, count))
         form, scale = scaled_hessian(type(self).__name__, problem)
         target = to_array(minimizer) * scale
-        best, least, bound = Point(weight=minimizer.clone()), math.inf, 0.0
-        if not constraint.contains(best):
-            bound = math.inf
+        dense = Point(weight=minimizer.clone())
+        best, least, bound = (dense, 0.0, 0.0) if constraint.contains(dense) else (None, math.inf, math.inf)
+        if best is None:
             for groups in combinations(range(count), keep):
                 mask = np.isin(np.arange(count), groups).repeat(width)
                 steps = _refit_steps(form, target, mask)
@@ -175,6 +177,8 @@ class BruteForceGroups:
                 if losses.sum() < least:
                     fitted = np.where(mask, target + steps, 0.0) / scale
                     best, least = Point(weight=torch.from_numpy(fitted).to(minimizer)), float(losses.sum())
+        if best is None:
+            raise NonFiniteError("no set has a finite loss: scale the weights or the Gram down")
         result = closed_form(problem, best, began, start)
         proved = total_bound(form, floor_of(problem, scale), bound)
         return replace(result, bound=None if proved is None else min(proved, result.objective), iterations=sets)

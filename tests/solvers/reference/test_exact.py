@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from admm_prune.errors import NonFiniteError
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Blocks, Groups, NofM, RowWise, StackedRows, Unstructured
 from admm_prune.result import Status
@@ -155,6 +156,19 @@ def test_brute_force_refuses_a_layer_before_it_builds_its_hessian() -> None:
     problem = Toy(normal(900, 300, 0), torch.eye(300, dtype=torch.float64), Unstructured(0.5))
     with pytest.raises(ValueError, match="raise max_supports, or use branch-and-bound"):
         BruteForce().solve(problem)
+
+
+def test_losses_of_groups_that_overflow_are_refused_where_the_dense_weights_are_infeasible() -> None:
+    problem = Toy(1e160 * normal(2, 6, 0), correlated(6, 0), Groups(0.5))
+    with pytest.raises(NonFiniteError, match="no set has a finite loss"):
+        BruteForceGroups().solve(problem)
+
+
+def test_group_sweeps_solve_a_small_matrix_with_one_budget() -> None:
+    problem = Toy(normal(2, 4, 0), correlated(4, 0), Unstructured(0.5))
+    result = GroupExact().solve(problem)
+    assert problem.constraint.contains(result.solution)
+    assert math.isclose(result.objective, BruteForce().solve(problem).objective, rel_tol=TIGHT)
 
 
 def test_a_start_that_is_better_is_returned_and_its_value_is_told() -> None:
