@@ -23,7 +23,8 @@ from admm_prune.statistics import DEAD, check_gram, check_matrix, check_square, 
 # dominate and the others are estimated from few tokens.
 DEFAULT_RIDGE, DEFAULT_DAMPING = 0.03, 0.003
 _ROUNDINGS = 32.0  # of an entry of a Gram: when it was stored, and in a blocked sum over thousands of tokens
-_ESCALATIONS = 8  # of a ridge too small to factor, each 10 x
+_SAFE_RIDGE = 1e-3  # of a unit diagonal: more than rounding can take from it
+_LARGEST_RAISED = 1.0  # a ridge that is too small to factor is raised tenfold, up to here
 AllReduce = Callable[[Tensor], Tensor]  # a tensor -> its sum over all processes, in place
 
 
@@ -52,8 +53,9 @@ class LayerReconstruction:
         target_energy: ||Y||_F^2; needed with either, without meaning otherwise.
 
     Raises:
-        ValueError: wrong shapes; NaN or Inf; a Gram that is not symmetric or has a negative diagonal; a ridge, damping
-            or energy that is negative or not finite; two targets, or one without its energy.
+        ValueError: wrong shapes; NaN or Inf; a Gram that is not symmetric, has a negative diagonal or is far from
+            positive semidefinite; a ridge, damping or energy that is negative or not finite; two targets, or one
+            without its energy.
 
     Attributes:
         token_weights: of a subclass that weights tokens, sum_t s_t |x_t V^T - y_t|^2: a static method, called while the
@@ -277,17 +279,30 @@ class LayerReconstruction:
 
     def _ensure_positive_definite(self) -> None:
         """Raises a ridge that is too small for the Gram's precision, and says so in `notes`."""
-        if self.ridge + self.damping >= 1e-3:  # more than rounding can take from a unit diagonal
+        if self._least_added() >= _SAFE_RIDGE:
             return
         requested = self.ridge
-        for _ in range(_ESCALATIONS):
+        while True:
             scaled, _ = quadratic.unit_diagonal_(self.hessian)
             _, failed = torch.linalg.cholesky_ex(scaled)
             if not int(failed):
                 break
-            self.ridge = max(10 * self.ridge, 10 * torch.finfo(self.gram.dtype).eps)
+            raised = max(10 * self.ridge, 10 * torch.finfo(self.gram.dtype).eps)
+            if raised > _LARGEST_RAISED:
+                raise ValueError(
+                    f"gram is not positive semidefinite, even with a ridge of {self.ridge:g}: compute it as X^T X"
+                )
+            self.ridge = raised
         if self.ridge != requested:
             self.notes += (f"the Gram is singular with ridge {requested:g}: raised to {self.ridge:g}",)
+
+    def _least_added(self) -> float:
+        """The least that ridge and damping add to an entry of the diagonal, relative to that entry."""
+        if self.ridge >= _SAFE_RIDGE or not self.damping:
+            return self.ridge
+        diagonal = self.gram.diagonal().double()
+        largest = float(diagonal.max())
+        return self.ridge + (self.damping * float(diagonal.mean()) / largest if largest > 0 else 0.0)
 
 
 def single_process(values: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from admm_prune.ops import backend
+from admm_prune.ops import backend, quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Proximable, Quadratic, Refittable
-from admm_prune.problems.constraints import NofM, Unstructured
+from admm_prune.problems.constraints import NofM, RowWise, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.statistics import GramAccumulator, LayerStatistics, TargetAccumulator
 from tests.catalogue import CONSTRAINTS, WIDTH, correlated_inputs, layer, random_weight, retargeted
@@ -105,6 +105,33 @@ def test_a_singular_gram_is_damped_and_says_so(ridge) -> None:
     assert problem.ridge > ridge
     assert "singular" in problem.notes[-1]
     assert problem.refit(problem.constraint.select(Point(weight=problem.weight.abs()))).is_finite()
+
+
+def test_a_damping_that_is_small_beside_the_largest_channels_is_checked_too() -> None:
+    """Two correlated channels of 1e12 times the others: a damping of 1e-3 adds 4e-6 of their diagonal."""
+    gram = torch.eye(512)
+    gram[:2, :2] = 1e12 * torch.tensor([[1.0, 1.00001], [1.00001, 1.0]])  # indefinite by the rounding of long sums
+    weight = random_weight(3, 512, 0, torch.float32)
+    problem = LayerReconstruction(weight, gram, RowWise(0.5), ridge=0.0, damping=1e-3)
+    assert problem.ridge > 0
+    assert "raised to" in problem.notes[-1]
+    torch.linalg.cholesky(quadratic.unit_diagonal(problem.hessian)[0])
+
+
+@pytest.mark.parametrize("excess", [1e-12, 1e-7, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_ridge_is_raised_until_the_hessian_can_be_factored(excess: float, dtype: torch.dtype) -> None:
+    gram = torch.tensor([[1.0, 1 + excess], [1 + excess, 1.0]], dtype=dtype)
+    problem = LayerReconstruction(random_weight(3, 2, 0, dtype), gram, RowWise(0.5), ridge=0.0)
+    torch.linalg.cholesky(quadratic.unit_diagonal(problem.hessian)[0])
+    assert ("raised to" in "".join(problem.notes)) is (problem.ridge > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gram_that_is_far_from_semidefinite_is_refused(dtype: torch.dtype) -> None:
+    gram = torch.tensor([[1.0, 3.0], [3.0, 1.0]], dtype=dtype)
+    with pytest.raises(ValueError, match="not positive semidefinite, even with a ridge of 0"):
+        LayerReconstruction(random_weight(3, 2, 0, dtype), gram, RowWise(0.5), ridge=0.0)
 
 
 def test_all_zero_inputs_fall_back_to_magnitude() -> None:
