@@ -132,6 +132,8 @@ class _MaskedCheckpoint(Checkpoint):
             return None
         try:
             return packed.from_parts(mask.view(masked.shape[0], -1), values.flatten(), masked.shape[1])
+        except torch.OutOfMemoryError:  # a RuntimeError that says nothing of the file
+            raise
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{self._source}: {stored[0]} is damaged ({first_line(error)})") from error
 
@@ -156,6 +158,8 @@ class _MaskedCheckpoint(Checkpoint):
             dense = torch.zeros(entries.shape, dtype=values.dtype, device=values.device)
             whole = dense.masked_scatter_(entries, values).view(masked.shape)
             return whole if rows is None else whole[rows]
+        except torch.OutOfMemoryError:  # a RuntimeError that says nothing of the file
+            raise
         except (ValueError, RuntimeError) as error:
             raise UserError(f"{self._source}: {name} is damaged ({first_line(error)})") from error
 

@@ -411,6 +411,8 @@ def _check_head(kind: str, model: Any) -> None:
     ids = torch.tensor([[2, 3]], device=device)
     try:
         logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+    except torch.OutOfMemoryError:  # a RuntimeError that says nothing of the model
+        raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
         logits = None
     vocabulary_sizes = {embedding_rows(model), getattr(model.config.get_text_config(), "vocab_size", None)} - {None}

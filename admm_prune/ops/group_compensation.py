@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.ops.quadratic import unit_diagonal, unit_diagonal_
 
@@ -92,7 +93,7 @@ def eliminate(hessian: Tensor, minimizer: Tensor, width: int, count: int, batch:
     """
     try:
         return _eliminate(hessian, minimizer, width, count, batch)
-    except RuntimeError:  # torch's LinAlgError, under a name that its types export
+    except LinAlgError:
         if hessian.dtype is torch.float64:
             raise
         elimination = _eliminate(hessian.double(), minimizer.double(), width, count, batch)
@@ -103,7 +104,7 @@ def _eliminate(hessian: Tensor, minimizer: Tensor, width: int, count: int, batch
     inverse, scale = unit_diagonal(hessian)
     factor = torch.linalg.cholesky(inverse)
     if float(factor.diagonal().amin()) ** 2 < _DIGITS * torch.finfo(factor.dtype).eps:  # at most 1 / condition number
-        raise torch.linalg.LinAlgError("too few digits to invert the Hessian")  # type: ignore[attr-defined]
+        raise LinAlgError("too few digits to invert the Hessian")
     inverse = torch.cholesky_inverse(factor)
     v = minimizer * scale
     gone = torch.zeros(len(inverse) // width, dtype=torch.bool, device=v.device)
@@ -145,5 +146,5 @@ def _scores(inverse: Tensor, v: Tensor, width: int, gone: Tensor) -> Tensor:
         scores = torch.linalg.solve_triangular(factors, sides, upper=False).square().sum((1, 2))
     scores[gone] = torch.inf
     if bool(torch.isnan(scores).any()) or bool((scores < 0).any()):
-        raise torch.linalg.LinAlgError("the inverse Hessian lost its positive diagonal")  # type: ignore[attr-defined]
+        raise LinAlgError("the inverse Hessian lost its positive diagonal")
     return scores

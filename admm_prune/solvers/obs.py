@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import unknown
 from admm_prune.ops import backend, precision, quadratic, selection
@@ -157,6 +158,6 @@ def _inverse_factor(hessian: Tensor) -> tuple[Tensor, tuple[str, ...]]:
         if residual <= _ACCURATE:
             return factor, ()
         note += f": in {str(hessian.dtype).removeprefix('torch.')} its residual was {residual:.1e}"
-    except RuntimeError:  # torch's LinAlgError, under a name that its types export
+    except LinAlgError:
         pass
     return quadratic.inverse_factor(hessian.double()).to(hessian.dtype), (note,)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.ops import precision, quadratic
 from admm_prune.ops.exact_refit import exact_refit, kkt_residual
@@ -93,7 +94,7 @@ def refit_(problem: Quadratic, weight: Tensor, tolerance: float, max_iterations:
     """
     mask = weight != 0
     if bool((mask == mask[0]).all()) and not bool(mask[0].all()):
-        with suppress(RuntimeError):  # not positive definite in its own precision: use conjugate gradients
+        with suppress(LinAlgError):  # not positive definite in its own precision: use conjugate gradients
             weight.copy_(minimize_on_columns(problem.hessian, problem.minimizer, mask[0]))
             return ()
     reachable = max(tolerance, 50 * torch.finfo(weight.dtype).eps)

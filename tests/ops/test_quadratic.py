@@ -7,8 +7,11 @@ import torch
 
 from admm_prune.ops import exact_refit, group_compensation, quadratic
 from admm_prune.point import Point
-from admm_prune.problems.constraints import RowWise
+from admm_prune.problems.constraints import Groups, RowWise
 from admm_prune.problems.layer import LayerReconstruction
+from admm_prune.solvers import refit
+from admm_prune.solvers.group_obs import GroupMask, GroupOBS
+from admm_prune.solvers.obs import SparseGPT
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -63,3 +66,32 @@ def test_the_relative_error_of_a_wide_layer_in_float64_is_that_of_the_dense_prod
     assert problem.relative_error(point, before) == pytest.approx(expected, rel=1e-12)
     assert problem.value(point) == problem.value(point)
     assert torch.equal(problem.gram, before)
+
+
+@pytest.mark.parametrize("retried", [quadratic, group_compensation])
+def test_memory_that_runs_out_is_not_taken_for_a_matrix_that_is_not_definite(
+    monkeypatch: pytest.MonkeyPatch, retried: object
+) -> None:
+    """A second try in float64 would take twice the memory, and its note would blame the precision."""
+    _, w, gram = drawn(8, 16, torch.float32)
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    problem = LayerReconstruction(w, gram, Groups(0.5) if retried is group_compensation else RowWise(0.5))
+    solver = GroupOBS() if retried is group_compensation else SparseGPT()
+    name = "_eliminate" if retried is group_compensation else "inverse_factor"
+    monkeypatch.setattr(retried, name, fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        solver.solve(problem)
+
+
+def test_memory_that_runs_out_in_a_refit_of_columns_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, w, gram = drawn(8, 16, torch.float32)
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(refit, "minimize_on_columns", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        refit.Refit(GroupMask()).solve(LayerReconstruction(w, gram, Groups(0.5)))

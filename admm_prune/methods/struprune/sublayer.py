@@ -192,6 +192,8 @@ def _check_sublayer(sublayer: Sublayer, outputs: Outputs) -> None:
     keep_groups(sublayer, remaining)
     try:
         sliced = outputs()
+    except torch.OutOfMemoryError:  # a RuntimeError that says nothing of the block
+        raise
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
         raise UserError(
             f"{sublayer.name}: the block cannot be called without some of its structured groups ({first_line(error)}): "
