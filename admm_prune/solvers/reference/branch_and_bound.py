@@ -39,6 +39,7 @@ _NEVER = 1e100  # the target of a padding entry: removing it costs 1e200
 _ROUNDS = 2  # of the clique test: dropping an entry may drop others
 _MARGIN = 1e-9  # between an eigenvalue and the bound to prove below it
 _LEAST_SCHUR = 1e-15  # 1 - c_ij^2 of two entries that agree to rounding
+_ROUNDED = 1e-12  # of a loss: a bound that is lower by less is not noted
 _BATCH = 256  # nodes expanded at a time
 _MEMORY = 256 * 2**20  # bytes of open nodes beyond which the search dives
 _KICKS = 10
@@ -259,9 +260,10 @@ class BranchAndBound:
         max_width: the widest row accepted.
 
     Returns (solve):
-        Status SOLVED where every row is proved to `gap`; else TIME_LIMIT, with the best supports found and the least
-        bound of the open nodes. `iterations` counts nodes. The bound is what the tree proves less the rounding of its
-        eliminations, `Form.elimination_error`, or that of `lower_bound`, which is valid for every support.
+        Status SOLVED where the tree of every row closed to `gap` in floating point; else TIME_LIMIT, with the best
+        supports found and the least bound of the open nodes. `iterations` counts nodes. The bound is what the tree
+        proves less the rounding of its eliminations, `Form.elimination_error`, or that of `lower_bound`, which is valid
+        for every support. Where it misses `gap` in a closed row, because A is ill-conditioned, a note says by how much.
 
     Raises (solve):
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
@@ -290,6 +292,18 @@ class BranchAndBound:
             share = (began + self.time_limit - now) / (len(separated.rows) - i)
             solved.append(solve_row(row, search(row, known, _KICKS), self.gap, now + share))
         open_rows = sum(not row.closed for row in solved)
+        notes = []
+        if open_rows:
+            notes.append(
+                f"{open_rows} of {len(solved)} rows are not proved optimal: raise time_limit ({self.time_limit} s)"
+            )
+        gaps = [1 - row.bound / row.loss for row in solved if row.closed and row.loss > 0]
+        missed = [gap for gap in gaps if gap > 2 * self.gap + _ROUNDED]
+        if missed:
+            notes.append(
+                f"the bounds of {len(missed)} of {len(solved)} rows are up to {max(missed):.1e} below their losses "
+                "because of rounding: raise the ridge"
+            )
         return separated.result(
             [row.support for row in solved],
             [row.bound for row in solved],
@@ -297,9 +311,7 @@ class BranchAndBound:
             status=Status.TIME_LIMIT if open_rows else Status.SOLVED,
             iterations=sum(row.nodes for row in solved),
             seconds=time.perf_counter() - began,
-            notes=(f"{open_rows} of {len(solved)} rows are not proved optimal: raise time_limit ({self.time_limit} s)",)
-            if open_rows
-            else (),
+            notes=tuple(notes),
         )
 
 

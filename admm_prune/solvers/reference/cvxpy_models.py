@@ -37,8 +37,9 @@ class MixedIntegerReference:
         max_width: the widest row accepted.
 
     Returns (solve):
-        Status SOLVED; TIME_LIMIT where the solver ran out of time on some row; STALLED where it gave up on one, as
-        SCIP's LP does now and then at cond(A) = 1e6: the incumbent stands there. No bound: the proof holds to the
+        Status SOLVED; TIME_LIMIT where the solver reached the limit on some row; STALLED where it stopped on one before
+        the limit without an optimum, as SCIP's LP does now and then at cond(A) = 1e6: the incumbent stands there if the
+        solver has nothing better. No bound: the proof holds to the
         solver's tolerances, about 1e-6.
 
     Raises (solve):
@@ -90,10 +91,14 @@ class MixedIntegerReference:
         program = cvxpy.Problem(cvxpy.Minimize(loss), constraints)
         limited = self.solver == "SCIP" and math.isfinite(self.time_limit)
         options = {"scip_params": {"limits/time": self.time_limit}} if limited else {}
-        if not try_solve(cvxpy, program, self.solver, **options):
-            return incumbent, Status.STALLED
-        status = Status.SOLVED if program.status == cvxpy.OPTIMAL else Status.TIME_LIMIT
-        if z.value is None:
+        began = time.perf_counter()
+        solved = try_solve(cvxpy, program, self.solver, **options)
+        reached = limited and time.perf_counter() - began >= self.time_limit
+        if solved and program.status == cvxpy.OPTIMAL:
+            status = Status.SOLVED
+        else:
+            status = Status.TIME_LIMIT if reached else Status.STALLED
+        if not solved or z.value is None:
             return incumbent, status
         support = row.completed(np.asarray(z.value) > 0.5)
         return (support if row.loss(support) < upper else incumbent), status

@@ -447,6 +447,8 @@ def _swap_descent(row: Row, support: Mask) -> tuple[Mask, float]:
         gains = swap_gains(row.hessian, row.target, inside, outside)
         gains[group[inside][:, None] != group[outside]] = -np.inf
         i, j = np.unravel_index(int(np.argmax(gains)), gains.shape)
+        if gains[i, j] == -np.inf:  # no swap is within a group and of independent columns
+            return support, loss
         swapped = support.copy()
         swapped[inside[i]], swapped[outside[j]] = False, True
         value = row.loss(swapped)

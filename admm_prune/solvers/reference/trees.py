@@ -97,14 +97,19 @@ def prove_rows(
         hessian: A (rows, in, in), positive definite.
         target: W (rows, in).
         keep: of each row, from 0 to in.
-        gap: relative to the value.
+        gap: relative to the value, from 0 to below 1.
         max_nodes: of each row on average; the rest stays open.
-        iterations: of ADMM for each node.
+        iterations: of ADMM for each node; three times as many for the root of a row.
 
     Raises:
         ValueError: shapes or counts that do not fit, NaN or Inf, a Hessian that is not symmetric or not positive
-            definite.
+            definite, or options out of range.
     """
+    if not 0 <= gap < 1 or max_nodes < 0 or iterations < 1:
+        raise ValueError(
+            "prove_rows needs a gap from 0 to below 1, max_nodes of at least 0 and iterations of at least 1, not "
+            f"{gap}, {max_nodes} and {iterations}"
+        )
     rows, width = _checked(hessian, target, keep)
     scaled, exponents = zip(*(scaled_form(one.double().numpy()) for one in hessian), strict=True)
     scale = np.ldexp(1.0, np.stack(exponents).astype(np.int32))
@@ -129,11 +134,15 @@ def prove_rows(
     hopeless = (root.diagonal == 0).all(1) | (goal <= 0)
     leaves.append((nodes.row[hopeless], nodes.fixed[hopeless], torch.zeros_like(w[hopeless])))
     nodes = nodes.take(~hopeless)
-    first = True
-    while len(nodes.row):
-        some, rest = nodes.take(slice(-_BATCH, None)), nodes.take(slice(0, max(0, len(nodes.row) - _BATCH)))
-        bound, shift, after, share = _bounded(some, wd, inverse, keeps, 3 * iterations if first else iterations)
-        first = False
+    roots = len(nodes.row)  # those at the front that are left: they have no state of a parent
+    while (count := len(nodes.row)) > 0:
+        begin = max(0, count - _BATCH)
+        is_root = count == roots
+        if not is_root:  # a batch has roots alone, or none
+            begin = max(begin, roots)
+        some, rest = nodes.take(slice(begin, None)), nodes.take(slice(0, begin))
+        roots = min(roots, begin)
+        bound, shift, after, share = _bounded(some, wd, inverse, keeps, 3 * iterations if is_root else iterations)
         counts.index_add_(0, some.row, torch.ones_like(some.row))
         free = some.fixed == 0
         gain = torch.where(free & (share > 0), after.z.square() * (1 / share.clamp_min(1e-9) - 1), 0.0)

@@ -25,8 +25,10 @@ from admm_prune.solvers.reference import (
     MixedIntegerReference,
     branch_and_bound,
     cvxpy_models,
+    rows,
 )
 from admm_prune.solvers.reference.brute_force import all_supports
+from admm_prune.solvers.reference.rigorous import Form
 from admm_prune.solvers.reference.rows import search, separate, swap_gains
 from tests.solvers.reference.instances import Toy, correlated, keeping, normal, spectral, toys
 
@@ -238,6 +240,25 @@ class TestEdges:
         assert torch.equal(start["weight"], copy["weight"])
 
 
+def test_a_bound_that_rounding_keeps_from_the_gap_is_noted() -> None:
+    well, ill = (Toy(normal(2, 12, 0), spectral(12, 0, condition), RowWise(0.5)) for condition in (10.0, 1e12))
+    assert BranchAndBound().solve(well).notes == ()
+    result = BranchAndBound().solve(ill)
+    assert result.status is Status.SOLVED
+    assert result.bound is not None
+    assert result.bound < result.objective * (1 - 1e-6)
+    assert "of 2 rows are up to" in result.notes[0]
+    assert "below their losses because of rounding: raise the ridge" in result.notes[0]
+
+
+def test_swaps_stop_where_none_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the first kept and the first removed entry are swapped."""
+    row = rows.Row(Form(np.eye(4)), np.array([0.0, 1.0, 1.0, 2.0]), 2, 1)
+    support = np.array([True, False, True, False])
+    monkeypatch.setattr(rows, "swap_gains", lambda *_: np.full((2, 2), -np.inf))
+    assert rows._swap_descent(row, support)[0].tolist() == support.tolist()
+
+
 class TestTimeLimit:
     def test_open_bound_is_valid(self) -> None:
         problem = Toy(normal(2, 32, 5), spectral(32, 5), keeping(8, 32))
@@ -362,6 +383,32 @@ class TestRefusals:
         problem = Toy(normal(1, 8, 0), correlated(8, 0), RowWise(0.5))
         result = MixedIntegerReference().solve(problem)
         assert result.status is Status.STALLED
+        assert problem.constraint.contains(result.solution)
+
+    @pytest.mark.parametrize(
+        ("status", "limit", "expected"),
+        [
+            ("optimal", math.inf, Status.SOLVED),
+            ("optimal_inaccurate", math.inf, Status.STALLED),
+            ("infeasible", math.inf, Status.STALLED),
+            ("optimal_inaccurate", 1e4, Status.STALLED),
+            ("optimal_inaccurate", 0.0, Status.TIME_LIMIT),
+            (None, 0.0, Status.TIME_LIMIT),
+        ],
+    )
+    def test_time_has_run_out_only_where_a_limit_was_reached(
+        self, monkeypatch: pytest.MonkeyPatch, status: str | None, limit: float, expected: Status
+    ) -> None:
+        pytest.importorskip("pyscipopt")
+
+        def stopped(_: object, program: object, *__: object, **___: object) -> bool:
+            program._status = status  # type: ignore[attr-defined]
+            return status is not None
+
+        monkeypatch.setattr(cvxpy_models, "try_solve", stopped)
+        problem = Toy(normal(1, 8, 0), correlated(8, 0), RowWise(0.5))
+        result = MixedIntegerReference(time_limit=limit).solve(problem)
+        assert result.status is expected
         assert problem.constraint.contains(result.solution)
 
     def test_missing_solver_names_the_extra(self) -> None:

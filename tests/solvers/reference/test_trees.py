@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from admm_prune.solvers.reference import BruteForce, TreeCertificate, prove_rows
+from admm_prune.solvers.reference import BruteForce, TreeCertificate, prove_rows, trees
 from tests.solvers.reference.instances import Toy, correlated, keeping, normal, spectral, toys
 from tests.solvers.reference.test_dual import is_semidefinite
 
@@ -110,6 +110,27 @@ def test_refuses() -> None:
         prove_rows(hessian + torch.ones(8, 8).triu(1), target, [4, 4])
     with pytest.raises(ValueError, match="not positive definite"):
         prove_rows(torch.ones(2, 8, 8), target, [4, 4])
+    for options in ({"gap": 1.0}, {"gap": -0.1}, {"gap": float("nan")}, {"iterations": 0}, {"max_nodes": -1}):
+        with pytest.raises(ValueError, match="needs a gap from 0 to below 1"):
+            prove_rows(hessian, target, [4, 4], **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [2, 3, 100])
+def test_every_root_and_no_other_node_has_three_times_the_iterations(
+    monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    hessian, target = stacked(12, 7, 1e4)
+    bounded, seen = trees._bounded, []
+
+    def watched(nodes: trees._Nodes, *arguments: object) -> object:
+        seen.extend((bool((row == 0).all()), arguments[-1]) for row in nodes.fixed)
+        return bounded(nodes, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trees, "_bounded", watched)
+    monkeypatch.setattr(trees, "_BATCH", batch)
+    tree = prove_rows(hessian, target, [4] * 7, iterations=10)
+    assert sum(is_root for is_root, _ in seen) == 7 < len(seen) == int(tree.nodes.sum())
+    assert all(iterations == (30 if is_root else 10) for is_root, iterations in seen)
 
 
 @pytest.mark.bitwise
