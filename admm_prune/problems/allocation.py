@@ -29,7 +29,7 @@ class Curve:
 
     Args:
         name: of the sublayer.
-        losses: (n + 1,), float64, losses[0] = 0, nondecreasing.
+        losses: (n + 1,), float64, losses[0] = 0, nondecreasing and finite.
         savings: (n + 1,), float64, savings[0] = 0, nondecreasing, in units of the budget.
         least: groups that must be kept.
         multiple: the number of groups kept must be a multiple of it, unless all are kept.
@@ -46,6 +46,8 @@ class Curve:
     def __post_init__(self) -> None:
         if self.losses.shape != self.savings.shape or self.losses.ndim != 1 or len(self.losses) < 2:
             raise ValueError(f"{self.name}: losses and savings must be two series of one length, over 0..n groups")
+        if not bool(self.losses.isfinite().all()):
+            raise ValueError(f"{self.name}: the losses of a curve must be finite")
 
     @property
     def count(self) -> int:

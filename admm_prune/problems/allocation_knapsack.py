@@ -55,8 +55,6 @@ class Knapsack:
         table = _Table.of(curves, levels, required_saving(curves, budget))
         start = self._programmed(table)
         best = _search(table, start, self.gap, self.max_nodes, time.perf_counter() + self.time_limit)
-        if best.loss == math.inf:
-            raise ValueError(f"no allocation that saves {budget:g} was found: some losses are not finite")
         gap = 0.0 if best.closed else (best.loss - best.bound) / best.loss
         notes = () if best.closed else (f"the knapsack is proved to {gap:.2g} only",)
         removed = [column[k] for column, k in zip(levels, best.chosen, strict=True)]
@@ -71,8 +69,6 @@ class Knapsack:
         owner = np.repeat(np.arange(len(tried)), [len(indices) for indices in tried])
         flat = np.concatenate(tried)
         losses, savings = table.losses[owner, flat], table.savings[owner, flat]
-        finite = np.isfinite(losses)
-        owner, flat, losses, savings = owner[finite], flat[finite], losses[finite], savings[finite]
         scale, unit = losses.max(initial=0.0) or 1.0, savings.max(initial=0.0) or 1.0
         solution = milp(
             losses / scale,
@@ -109,7 +105,6 @@ class _Table:
         for l, (curve, sublayer_levels) in enumerate(zip(curves, levels, strict=True)):
             losses[l, : len(sublayer_levels)] = curve.losses.double().numpy()[sublayer_levels]
             savings[l, : len(sublayer_levels)] = curve.savings.double().numpy()[sublayer_levels]
-        losses[np.isnan(losses)] = np.inf
         total = float(savings.max(1).sum())
         if total < 2**53 and not np.any(savings % 1):  # whole numbers, whose sums are multiples of their divisor
             step = int(np.gcd.reduce(savings.astype(np.int64), axis=None)) or 1
@@ -182,9 +177,7 @@ def _lagrangian(table: _Table, ranges: NDArray[np.intp]) -> tuple[float, Indices
     times the largest E + t s of each sublayer and t budget is taken off.
     """
     index = np.arange(table.losses.shape[1])
-    inside = (index >= ranges[:, :1]) & (index <= ranges[:, 1:]) & np.isfinite(table.losses)
-    if not inside.any(1).all():
-        return math.inf, None, None
+    inside = (index >= ranges[:, :1]) & (index <= ranges[:, 1:])
     losses, savings = np.where(inside, table.losses, np.inf), np.where(inside, table.savings, -np.inf)
     highest = savings.argmax(1)
     if table.saved(highest) < table.budget:

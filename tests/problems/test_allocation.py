@@ -264,6 +264,9 @@ def test_too_large_a_budget_says_what_can_go(name) -> None:
     assert nothing.removed == {"a": 0, "b": 0}
     with pytest.raises(ValueError, match="a: losses and savings must be two series"):
         Curve("a", torch.zeros(3), torch.zeros(2))
+    for loss in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="a: the losses of a curve must be finite"):
+            Curve("a", torch.tensor([0.0, loss]), torch.arange(2.0))
 
 
 def test_energies_that_outweigh_others_are_compared_by_their_logarithms() -> None:
@@ -350,7 +353,7 @@ def test_a_coarse_step_is_left_out_or_kept_whichever_loses_less() -> None:
     assert refined(curves, rule, 60.0, 1.0).removed == {"heads": 1, "neurons": 10}  # 11.0; 14.0 without heads
     curves, rule = case([0.0, 10.0, 200.0], last=0.201)  # 10.04 without heads
     assert refined(curves, rule, 60.0, 1.0).removed == {"heads": 0, "neurons": 60}
-    curves, rule = case([0.0, 10.0, 200.0], last=math.inf)
+    curves, rule = case([0.0, 10.0, 200.0], last=1e9)
     assert refined(curves, rule, 60.0, 1.0).removed == {"heads": 1, "neurons": 10}
 
 

@@ -195,15 +195,16 @@ class StruPrune(Capabilities):
         def measure_block(stream: BlockStream, index: int, block: Block) -> BlockResult:
             losses = pruner.losses(parts[index], _statistics(stream, index, parts[index], pruner.fold_bias))
             stream.advance(index)
-            scale = stream.energy() if self.relative else 1.0
+            scale = (stream.energy() if self.relative else 0.0) or 1.0  # a residual stream of zeros has no energy
             return BlockResult(tensors={name: curve / scale for name, curve in losses.items()})
 
         settings = PassSettings(part="curves", note=", curves", changes=False, steps=(0, 2 * len(parts)))
         results = for_each_block(model, task, runtime, measure_block, settings)
         losses = {name: curve for result in results for name, curve in result.tensors.items()}
-        return {
-            sublayer.name: self._curve(model, sublayer, losses[sublayer.name]) for block in parts for sublayer in block
-        }
+        try:
+            return {part.name: self._curve(model, part, losses[part.name]) for block in parts for part in block}
+        except ValueError as error:
+            raise UserError(f"{self.name}: {error}") from error
 
     def _summary(
         self, model: nn.Module, parts: Sequence[Sequence[Sublayer]], curves: Mapping[str, Curve], target: Target
