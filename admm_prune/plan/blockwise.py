@@ -219,6 +219,8 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
                 sequences += len(anatomy.blocks) * -(-LOSS_TOKENS // text.length)
             table = {"table of pruned matrices": measured.levels * pruned} if rule.name in SEARCHES else {}
             parts = {**weights, **table, "logits": cost.peak}
+            if rule.name == "taylor":  # keeps the gradients, in float32
+                parts["gradients"] = sum(4 * view.read().numel() for one in anatomy.blocks for view in one.weights)
             stages.append(Stage(name="losses and gradients", parts=parts, work=cost.work * sequences))
     return [replace(stage, name=f"allocation: {stage.name}") for stage in stages]
 

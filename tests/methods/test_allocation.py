@@ -213,6 +213,36 @@ def test_squares_of_gradients_are_those_of_autograd(family: str) -> None:
         assert view.parameter.grad is None
 
 
+def test_errors_at_patterns_that_are_not_finite_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("admm_prune.methods.allocation.budget._estimated", lambda *_: torch.full((4,), math.nan))
+    with pytest.raises(UserError, match=r"the allocation patterns: .*: the losses of a curve must be finite"):
+        AllocationRule("patterns").applied(build("llama", layers=2), task(Target(sparsity=0.4)), IN_PROCESS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_do_not_underflow(dtype: torch.dtype) -> None:
+    """The gradients of the mean loss, those of the sum divided by 200, are below the smallest number of float16."""
+    model, sequences = build("llama", layers=2), text(3, length=200)
+    names = frozenset(weights(model))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0**-10)
+    measured = measurements.gradients(model.to(dtype), sequences, names, keep=True)
+    expected = measurements.gradients(model.float(), sequences, names, keep=True)
+    for name, mean in expected.means.items():
+        assert measured.means[name].dtype == torch.float32
+        assert float((measured.means[name] - mean).norm() / mean.norm()) < 0.1, name
+        assert float(measured.squares[name].sum() / expected.squares[name].sum()) == pytest.approx(1.0, abs=0.05), name
+
+
+def test_gradients_that_are_not_finite_are_refused() -> None:
+    model = build("llama", layers=2)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(60000.0)
+    model.half()
+    with pytest.raises(UserError, match=r"the gradients of the loss are not finite in torch\.float16: use --dtype"):
+        AllocationRule("fisher").applied(model, task(Target(sparsity=0.6)), IN_PROCESS)
+
+
 def test_the_errors_of_a_level_are_those_of_pruning_alone() -> None:
     """In the first block, whose inputs are dense in any run."""
     model, asked = build("llama", layers=2), task(Target(sparsity=0.5))

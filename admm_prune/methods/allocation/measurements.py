@@ -20,6 +20,7 @@ from admm_prune.models.capture import BlockStream
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.losses import cross_entropy, next_token_loss
 from admm_prune.models.structure import Block, WeightView, decoder_blocks
+from admm_prune.ops.precision import at_least_float32
 from admm_prune.problems.allocation_matrices import outlier_fraction, tail_exponent
 from admm_prune.problems.constraints import StackedRows
 
@@ -151,7 +152,7 @@ class Gradients:
 
     Attributes:
         squares: (out,) float64: sum_j g_ij^2, summed over the sequences.
-        means: (out, in): the gradient of the mean loss per token; empty unless they are kept.
+        means: (out, in), in at least float32: the gradient of the mean loss per token; empty unless they are kept.
         tokens: the number of tokens in all sequences.
     """
 
@@ -164,6 +165,10 @@ def gradients(model: nn.Module, text: Sequences, names: frozenset[str], *, keep:
     """Gradients from one backward pass for each of up to 16 sequences. The model must be in memory.
 
     The gradient of a parameter is reduced as soon as it is complete, so that only one is held at a time unless `keep`.
+    The sum over the tokens is differentiated, not the mean, whose gradients underflow in float16.
+
+    Raises:
+        UserError: the gradients of a matrix, named in the message, are not finite.
     """
     rows = text.rows[:: -(-len(text.rows) // GRADIENT_SEQUENCES)]
     views: dict[int, list[WeightView]] = {}
@@ -173,13 +178,12 @@ def gradients(model: nn.Module, text: Sequences, names: frozenset[str], *, keep:
                 views.setdefault(id(view.parameter), []).append(view)
     squares = {view.name: torch.zeros(view.shape[0], dtype=torch.float64) for those in views.values() for view in those}
     means: dict[str, Tensor] = {}
-    count = 1
 
     def reduce(parameter: nn.Parameter) -> None:
         gradient = parameter.grad
         assert gradient is not None
         for view in views[id(parameter)]:
-            part = view.within(gradient) * count
+            part = at_least_float32(view.within(gradient))
             squares[view.name] += part.double().square().sum(1).cpu()
             if keep:
                 means[view.name] = means.get(view.name, torch.zeros_like(part)) + part
@@ -197,12 +201,18 @@ def gradients(model: nn.Module, text: Sequences, names: frozenset[str], *, keep:
                 batch = text.batch([row.ids])
                 count = int(batch.scored.sum())
                 tokens += count
-                next_token_loss(model, batch).backward()
+                (next_token_loss(model, batch) * count).backward()
     finally:
         for handle in handles:
             handle.remove()
         for parameter, before in required:
             parameter.requires_grad_(before)
+    for those in views.values():
+        for view in those:
+            if not bool(squares[view.name].isfinite().all()):
+                kind = view.parameter.dtype
+                wider = ": use --dtype float32" if kind.itemsize < 4 else ""
+                raise UserError(f"{view.name}: the gradients of the loss are not finite in {kind}{wider}")
     return Gradients(squares=squares, means={name: total.div_(tokens) for name, total in means.items()}, tokens=tokens)
 
 
