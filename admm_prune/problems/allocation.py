@@ -30,6 +30,7 @@ class Curve:
     Args:
         name: of the sublayer.
         losses: (n + 1,), float64, losses[0] = 0, nondecreasing and finite.
+        reported: (n + 1,), the losses to report where `losses` approximates them; by default these.
         savings: (n + 1,), float64, savings[0] = 0, nondecreasing, in units of the budget.
         least: groups that must be kept.
         multiple: the number of groups kept must be a multiple of it, unless all are kept.
@@ -42,6 +43,7 @@ class Curve:
     least: int = 1
     multiple: int = 1
     stays: frozenset[int] | None = None
+    reported: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.losses.shape != self.savings.shape or self.losses.ndim != 1 or len(self.losses) < 2:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from admm_prune.ops import group_compensation, precision, selection
+from admm_prune.ops import group_compensation, precision
 from admm_prune.point import Point
 from admm_prune.problem import GroupConstraint, Quadratic, checked_constraint, require
 from admm_prune.result import Result
@@ -43,21 +43,23 @@ class GroupMask:
             return closed_form(problem, Point(weight=dense.clone()), began, start)
         width, columns = constraint.width, dense.shape[1]
         q = group_compensation.interactions(problem.hessian, dense, width)
-        keep = constraint.budget(columns)
-        mask = _greedy(q, keep) if self.interactions else selection.largest(q.diagonal(), keep)
+        mask = torch.ones(len(q), dtype=torch.bool, device=q.device)
+        mask[self.order(q, len(q) - constraint.budget(columns))] = False
         weight = dense.where(mask.repeat_interleave(width), 0)
         return closed_form(problem, Point(weight=weight), began, start)
 
-
-def _greedy(q: Tensor, keep: int) -> Tensor:
-    """The groups kept when they are removed one by one, least increase first; ties: the higher index first."""
-    rise = q.diagonal().clone()
-    mask = torch.ones(len(q), dtype=torch.bool, device=q.device)
-    for _ in range(len(q) - keep):
-        least = int(len(q) - 1 - rise.where(mask, torch.inf).flip(0).argmin())
-        mask[least] = False
-        rise += 2 * q[least]
-    return mask
+    def order(self, q: Tensor, count: int) -> Tensor:
+        """The first `count` groups in the order of their removal; ties: the higher index first."""
+        rise = q.diagonal().clone()
+        if not self.interactions:
+            return (len(q) - 1 - rise.flip(0).argsort(stable=True))[:count]
+        order: list[int] = []
+        for _ in range(count):
+            least = int(len(q) - 1 - rise.flip(0).argmin())
+            order.append(least)
+            rise += 2 * q[least]
+            rise[least] = torch.inf
+        return torch.tensor(order, dtype=torch.long, device=q.device)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,19 @@ def test_a_budget_in_every_unit(unit: str, model_folder: Path, calibration: Sequ
     assert outcome.details["bound"] <= outcome.details["loss"] * (1 + 1e-6)
 
 
+def test_without_compensation_the_reported_loss_includes_interactions(
+    model_folder: Path, calibration: Sequences
+) -> None:
+    recipe = next(recipe for recipe in STRUCTURED if recipe.name == "structured-wanda")
+    model = load(str(model_folder)).model
+    curves = recipe.measure(model, Task(target=Target(0.4), calibration=calibration))
+    details = pruned(model_folder, recipe, calibration)[0].details
+    allocated = sum(float(curves[name].losses[k]) for name, k in details["removed"].items())
+    losses = [float(curves[name].reported[k]) for name, k in details["removed"].items()]
+    assert details["loss"] == pytest.approx(sum(losses)) != pytest.approx(allocated)
+    assert details["bound"] is None
+
+
 def test_savings_are_those_of_the_matrices(model_folder: Path) -> None:
     heads, neurons = sublayers(decoder_blocks(load(str(model_folder)).model)[0])  # d = 32, 4 heads of 8, 2 of them keys
     assert savings(heads, "parameters").tolist() == [0, 1536, 3072]

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from admm_prune.methods.struprune import selectors
 from admm_prune.methods.struprune.selectors import SeededADMM
 from admm_prune.ops import group_compensation
 from admm_prune.point import Point
@@ -177,14 +178,31 @@ def test_a_mask_that_sees_interactions_loses_less_on_average() -> None:
     assert seeing < plain
 
 
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize(
+    ("selector", "compensate"),
+    [("obs", True), ("obs-one-shot", True), ("obs", False), ("mask", False), ("mask-interactions", False)],
+)
+def test_the_reported_losses_are_those_of_what_the_selector_removes(selector, compensate, width) -> None:
+    count = 16 // width
+    curve, reported = selectors.losses(grouped(0, width), width, selector, compensate)
+    for removed in range(1, count):
+        problem = grouped(0, width, keep=count - removed)
+        result, _ = selectors.solve(problem, selector, compensate)
+        assert float(reported[removed]) == pytest.approx(energy(problem, result.solution["weight"]), rel=1e-8)
+    assert torch.equal(curve, curve.cummax(0).values)
+    if not compensate:
+        q = group_compensation.interactions(problem.hessian, problem.minimizer, width).diagonal().sort().values
+        assert torch.allclose(curve, torch.cat([q.new_zeros(1), q.cumsum(0)]))
+
+
 # The problem
 
 
-def grouped(seed: int, width: int, *, mean: bool = False) -> GroupReconstruction:
+def grouped(seed: int, width: int, *, mean: bool = False, keep: int | None = None) -> GroupReconstruction:
     x, weight = correlated_inputs(64, 16, seed) + 0.3, random_weight(6, 16, seed)
-    return GroupReconstruction(
-        weight, x.T @ x, Groups(0.5, width), mean=x.mean(0) if mean else None, tokens=64, ridge=0.01
-    )
+    chosen = Groups(0.5, width) if keep is None else Groups(0.0, width, keep)
+    return GroupReconstruction(weight, x.T @ x, chosen, mean=x.mean(0) if mean else None, tokens=64, ridge=0.01)
 
 
 @pytest.mark.parametrize("mean", [False, True])

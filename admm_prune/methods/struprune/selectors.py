@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from admm_prune.ops import group_compensation, precision
 from admm_prune.point import Point
@@ -20,6 +21,7 @@ from admm_prune.solvers.group_obs import GroupMask, GroupOBS
 
 Selector = Literal["obs", "obs-one-shot", "admm", "mask", "mask-interactions"]
 _OBS = GroupOBS(batch=None)
+_MASKS: Mapping[Selector, GroupMask] = {"mask": GroupMask(), "mask-interactions": GroupMask(interactions=True)}
 
 
 class SeededADMM:
@@ -40,25 +42,38 @@ SELECTORS: Mapping[Selector, Callable[[], Solver]] = {
     "obs": lambda: _OBS,
     "obs-one-shot": lambda: GroupOBS(batch=0),
     "admm": SeededADMM,
-    "mask": GroupMask,
-    "mask-interactions": lambda: GroupMask(interactions=True),
+    "mask": lambda: _MASKS["mask"],
+    "mask-interactions": lambda: _MASKS["mask-interactions"],
 }
 
 
 @precision.full()
 def losses(problem: GroupReconstruction, width: int, selector: Selector, compensate: bool) -> Tensor:
-    """The loss when k = 0, ..., n groups are removed in the order of the selector: (n + 1,), float64, on the CPU.
+    """Losses when k = 0, ..., n groups are removed: (2, n + 1), float64, on the CPU.
 
-    The last entry, the loss without any group, is the energy of the whole output.
+    The first row is the curve that the allocation uses, and nondecreasing. With compensation it has the losses along
+    structured OBS; without, the sums of the smallest Q_gg, which leave out the interactions of the removed groups.
+
+    The second row is the loss of the groups that the selector removes first. With compensation it is the first row,
+    which is exact for "obs" and "obs-one-shot". Without, it is sum_{g,h} Q_gh over these groups; for "admm", over those
+    of its start.
     """
-    count = problem.minimizer.shape[1] // width
-    if compensate:
+    hessian, minimizer = problem.hessian, problem.minimizer
+    count = minimizer.shape[1] // width
+
+    def eliminated() -> group_compensation.Elimination:
         batch = count if selector == "obs-one-shot" else _OBS.size(count)
-        rises = group_compensation.eliminate(problem.hessian, problem.minimizer, width, count, batch).losses
+        return group_compensation.eliminate(hessian, minimizer, width, count, batch)
+
+    if compensate:
+        curve = removed = eliminated().losses
     else:
-        scores = group_compensation.interactions(problem.hessian, problem.minimizer, width).diagonal()
-        rises = scores.sort().values.cumsum(0)
-    return torch.cat([rises.new_zeros(1), rises]).cpu()
+        q = group_compensation.interactions(hessian, minimizer, width)
+        order = _MASKS[selector].order(q, count) if selector in _MASKS else eliminated().order
+        curve = q.diagonal().sort().values.cumsum(0)
+        q = q[order][:, order]
+        removed = (q.diagonal() + 2 * q.tril(-1).sum(1)).cumsum(0).clamp_min(0.0)
+    return pad(torch.stack([curve, removed]), (1, 0)).cpu()
 
 
 @precision.full()

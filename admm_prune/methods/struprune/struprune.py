@@ -56,8 +56,9 @@ class StruPrune(Capabilities):
         V <- V_0 (H + Lambda)_{:S} ((H + Lambda)_SS)^-1   with H = A^T A, on the columns S of the remaining groups,
         b <- b + (V_0 - V) mean(A)   if the output has a bias; H is then centred.
 
-    E_l is measured on the dense model. V and b are computed on the outputs of the pruned blocks before it, those of
-    attention before those of the feed-forward network.
+    E_l is measured on the dense model. Without compensation the allocation uses the sums of the smallest losses of
+    single groups instead, without their interactions; the reported loss includes them. V and b are computed on the
+    outputs of the pruned blocks before it, those of attention before those of the feed-forward network.
 
     Args:
         samples: the default number of calibration sequences.
@@ -212,7 +213,12 @@ class StruPrune(Capabilities):
         """A summary of the allocation, as JSON values."""
         allocation = self._allocate(model, parts, curves, target)
         summary = {name: getattr(allocation, name) for name in ("removed", "saved", "loss", "bound", "price", "notes")}
-        return summary | {"saved": allocation.saved / self._weight(model, curves)}
+        summary["saved"] /= self._weight(model, curves)
+        reported = {name: curve.reported for name, curve in curves.items() if curve.reported is not None}
+        if reported:  # the curves approximate the losses, and the bound is of these approximations
+            losses = [reported[name][k] for name, k in allocation.removed.items()]
+            summary |= {"loss": float(torch.stack(losses).sum()), "bound": None}
+        return summary
 
     def _prune_block(
         self,
@@ -250,7 +256,7 @@ class StruPrune(Capabilities):
         )
 
     def _curve(self, model: Any, sublayer: Sublayer, losses: Tensor | None = None) -> Curve:
-        """The curve of a sublayer: its savings, and its losses if they are given, otherwise zeros."""
+        """The curve of a sublayer: its savings, and its losses (2, n + 1) if they are given, otherwise zeros."""
         saved = savings(sublayer, self.unit)
         stays: frozenset[int] | None = None
         if self.uniform:  # the standard class must admit their number
@@ -260,11 +266,12 @@ class StruPrune(Capabilities):
         multiple = self.multiple if sublayer.kind == "neurons" else 1
         return Curve(
             sublayer.name,
-            torch.zeros_like(saved) if losses is None else losses,
+            torch.zeros_like(saved) if losses is None else losses[0],
             saved,
             least=min(multiple, sublayer.count),
             multiple=multiple,
             stays=stays,
+            reported=None if losses is None or self.compensate else losses[1],
         )
 
     def _weight(self, model: nn.Module, curves: Mapping[str, Curve]) -> float:

@@ -68,7 +68,7 @@ class Pruner:
             raise UserError(f"{sublayer.output.name}: {error}") from error
 
     def losses(self, parts: Sequence[Sublayer], statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
-        """E(k), the loss without k = 0, ..., n groups, (n + 1,) for each sublayer, by its name."""
+        """E(k), the loss without k = 0, ..., n groups, for each sublayer, by its name: see `selectors.losses`."""
 
         def of(sublayer: Sublayer) -> Tensor:
             problem = self.problem(sublayer, statistics[sublayer.name], sublayer.count)
