@@ -83,7 +83,8 @@ class ModelOnDisk(Offloading):
         notes: on tensors of the files that the model does not use.
 
     Raises:
-        UserError: a class that cannot be built without weights, or weights that are missing or damaged.
+        UserError: a class that cannot be built without weights, weights that are missing or damaged, or parameters of
+            a block that are shared with other blocks or with modules outside the blocks.
     """
 
     is_offloaded = True
@@ -116,6 +117,7 @@ class ModelOnDisk(Offloading):
         self._checkpoint.adapt(self.model, quantizer)
         self.notes = check_stored(self._source, self.model, self._checkpoint, dequantized=quantizer is not None)
         self.blocks: list[Block] = decoder_blocks(self.model)
+        self._check_unshared()
         self._settle_buffers()
         inside = tuple(f"{block.name}." for block in self.blocks)
         # Whichever comes first in the model.
@@ -252,6 +254,19 @@ class ModelOnDisk(Offloading):
         check_shape(self._source, name, tensor.shape, (parameter if rows is None else parameter[rows]).shape)
         check_finite(self._source, name, tensor, parameter.dtype)
         return tensor.to(parameter.dtype)
+
+    def _check_unshared(self) -> None:
+        """Raises UserError for a parameter of a block that is also used elsewhere: a block is loaded by itself."""
+        owners: dict[nn.Parameter, str] = {}  # the block in which a parameter is used first; "" outside the blocks
+        blocks = {f"{block.name}.": block.name for block in self.blocks}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owner = next((block for prefix, block in blocks.items() if name.startswith(prefix)), "")
+            first = owners.setdefault(parameter, owner)
+            if first != owner:
+                raise UserError(
+                    f"{self._source}: {name} is shared with {first or 'modules outside the blocks'}, and cannot be "
+                    "streamed: use --no-stream"
+                )
 
     def _settle_buffers(self) -> None:
         """Loads buffers, or initializes them by the model's class if they are not in the files."""

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import admm_prune
+from admm_prune.errors import UserError
 from admm_prune.models.loading import load
+from admm_prune.models.streaming import ModelOnDisk
 from tests.models.tiny_models import CONTEXT, build
 
 IDS = torch.tensor([[0, 5, 17, 42, 99, 3, 260]])
@@ -23,6 +25,37 @@ def tensor_names(folder: Path) -> set[str]:
         with safe_open(path, framework="pt") as file:
             found |= set(file.keys())
     return found
+
+
+class SharedMatrix(LlamaForCausalLM):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        first, second = self.model.layers[:2]
+        second.mlp.up_proj.weight = first.mlp.up_proj.weight
+
+
+class SharedModule(LlamaForCausalLM):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        first, second = self.model.layers[:2]
+        second.mlp = first.mlp
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "other"),
+    [
+        (SharedMatrix, "model.layers.1.mlp.up_proj.weight", "model.layers.0"),
+        (SharedModule, "model.layers.1.mlp.gate_proj.weight", "model.layers.0"),
+    ],
+)
+def test_blocks_that_share_a_parameter_are_not_streamed(
+    kind: type[LlamaForCausalLM], name: str, other: str, tmp_path: Path
+) -> None:
+    """On disk each block is pruned and saved by itself: the copies would differ."""
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"{name} is shared with {other}, and cannot be streamed: use --no-stream"):
+        ModelOnDisk(tmp_path, kind, model.config)
 
 
 @pytest.mark.bitwise
