@@ -20,6 +20,7 @@ from admm_prune.ops.precision import at_least_float32
 from admm_prune.point import Point
 from admm_prune.problems.attention import AttentionOutput, AttentionTokens
 from admm_prune.problems.layer import DEFAULT_DAMPING, DEFAULT_RIDGE, LayerReconstruction
+from admm_prune.result import Status
 from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.base import Solver
 from admm_prune.statistics import GramAccumulator
@@ -80,7 +81,7 @@ class DenseAttention:
 
         The target is the output of the dense attention module; the attention probabilities are those of the pruned
         queries and keys. The alternation starts from both matrices pruned separately on the same tokens, and its
-        solution is rejected unless it lowers the error on validation tokens.
+        solution is rejected unless it lowers the error on validation tokens, and is finite in the dtype of the model.
 
         Args:
             reports: of the matrices, pruned separately.
@@ -109,13 +110,17 @@ class DenseAttention:
         except (ValueError, LinAlgError) as error:
             raise UserError(f"{views['value'].name}, {views['output'].name}: {error}") from error
         alone, together = problem.validation_loss(start), problem.validation_loss(result.solution)
-        figures = {"alone": alone, "together": together, "accepted": together < alone}
-        if not together < alone:
+        bias = None if self.views.output.bias is None else result.solution.get("bias")
+        fits = views["value"].fits(result.solution["value"]) and views["output"].fits(result.solution["output"], bias)
+        figures: dict[str, Any] = {"alone": alone, "together": together, "accepted": fits and together < alone}
+        if not fits:
+            figures["status"] = Status.NONFINITE.name
+        if not figures["accepted"]:
             return list(reports), figures
         for name, view in views.items():
             view.write(result.solution[name])
-        if "bias" in result.solution and self.views.output.bias is not None:
-            self.views.output.bias.data.copy_(result.solution["bias"])
+        if bias is not None:
+            self.views.output.write_bias(bias)
         names = {view.name: view for view in views.values()}
         return [
             renewed(report, names.get(report.name), "value and output projections together") for report in reports

@@ -22,6 +22,7 @@ from admm_prune.models.structure import Block, WeightView
 from admm_prune.point import Point
 from admm_prune.problem import Constraint
 from admm_prune.problems.constraints import Product
+from admm_prune.result import Status
 from admm_prune.solvers.support_descent import SupportDescent
 
 TOKENS = 1024  # in a batch that is backpropagated through a block: bounds the memory of its activations
@@ -147,7 +148,7 @@ def refit_block(
 ) -> tuple[list[LayerReport], dict[str, Any]]:
     """Fits all pruned matrices of a block jointly to its dense outputs, in place and on their supports.
 
-    The fit is kept only if it lowers the error on validation tokens.
+    The fit is kept only if it lowers the error on validation tokens, and is finite in the dtype of the model.
 
     Args:
         outputs: the outputs (n, d) of the dense block, for every part of the text.
@@ -172,10 +173,13 @@ def refit_block(
         result = DESCENT.solve(problem, start=start)
     except ArithmeticError as error:
         raise UserError(f"the refit of {block.name}: {error}") from error
-    for view in views:
-        view.write(result.solution[view.name])
     before, after = result.start_objective, result.objective
     assert before is not None, "an iterative solver has a start"
+    if not all(view.fits(result.solution[view.name]) for view in views):
+        overflow = {"before": before, "after": before, "accepted": False, "status": Status.NONFINITE.name}
+        return list(reports), overflow
+    for view in views:
+        view.write(result.solution[view.name])
     if any(view.parameter.dtype != start[view.name].dtype for view in views):
         after = problem.value(problem.initial())  # the weights were rounded to the dtype of the model
     figures: dict[str, Any] = {"before": before, "after": after, "accepted": after < before}

@@ -240,9 +240,8 @@ class SparseLLM(Capabilities):
         result, error, validation_loss = self.solve(network, damped, pairs, constraints, share, world)
         for name, view in views.views.items():
             view.write(result.solution[name])
-        bias = views.down.bias
-        if bias is not None and "bias" in result.solution:
-            bias.data.copy_(result.solution["bias"])
+        if views.down.bias is not None and "bias" in result.solution:
+            views.down.write_bias(result.solution["bias"])
         return result, {
             "relative_error": error,
             "relative_error_validation": validation_loss if "validation" in pairs else None,

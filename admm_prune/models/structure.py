@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
@@ -87,9 +86,28 @@ class WeightView:
         if weight.shape != self.shape:
             raise ValueError(f"{self.name} has shape {self.shape}, not {tuple(weight.shape)}")
         cast = weight.detach().to(self.parameter)
-        if not bool(torch.isfinite(cast).all()):
+        if not bool(cast.isfinite().all()):
             raise ValueError(f"{self.name}: the new weight has entries that are not finite in {cast.dtype}")
         self.read().copy_(cast)
+
+    def write_bias(self, bias: Tensor) -> None:
+        """Writes b (out,) to its parameter, in the parameter's dtype.
+
+        Raises:
+            ValueError: there is no bias, it has another shape, or an entry is not finite in the parameter's dtype.
+        """
+        stored = self.bias
+        if stored is None or bias.shape != stored.shape:
+            raise ValueError(f"{self.name} has no bias of shape {tuple(bias.shape)}")
+        cast = bias.detach().to(stored)
+        if not bool(cast.isfinite().all()):
+            raise ValueError(f"{self.name}: the new bias has entries that are not finite in {cast.dtype}")
+        stored.detach().copy_(cast)
+
+    def fits(self, weight: Tensor, bias: Tensor | None = None) -> bool:
+        """Whether all entries of W, and of b if it is given, are finite in the parameter's dtype."""
+        given = [weight] if bias is None else [weight, bias]
+        return all(bool(x.detach().to(self.parameter).isfinite().all()) for x in given)
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,12 +36,15 @@ from admm_prune.models.sublayers import heads_stay
 from admm_prune.plan.anatomy import Anatomy
 from admm_prune.plan.blockwise import pruning_stages
 from admm_prune.plan.counting import Work, counted
+from admm_prune.point import Point
+from admm_prune.problems.attention import AttentionOutput
 from admm_prune.problems.constraints import Product, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.runs.compare import ComparisonSettings, compare
 from admm_prune.runs.recipe_file import read_recipe
 from admm_prune.runs.results import Report
 from admm_prune.settings import Settings
+from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.support_descent import SupportDescent
 from admm_prune.verify.run import verify_folder
 from tests.models.tiny_models import FAMILIES, VARIANTS, VOCABULARY, build, shared_keys
@@ -241,6 +244,40 @@ def test_a_descent_that_does_not_help_changes_nothing(monkeypatch: pytest.Monkey
     assert not outcome.details["joint"][0]["refit"]["accepted"]
     assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), joint.parameters(), strict=True))
     assert all(report.relative_error is not None for report in outcome.layers)
+
+
+@pytest.mark.usefixtures("few_steps")
+@pytest.mark.parametrize(
+    ("joint", "solver", "step"),
+    [
+        (Joint(refit="block"), SupportDescent, "refit"),
+        (Joint(coordinate=("attention",)), Alternating, "attention"),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_joint_solution_that_overflows_in_the_dtype_of_the_model_changes_nothing(
+    joint: Joint, solver: type[Any], step: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, together = build(family, layers=1).half(), build(family, layers=1).half()
+    task = Task(target=Target(sparsity=0.5), calibration=text())
+    recipe = Layerwise(LOCAL_METHODS["wanda"])
+    recipe.prune(alone, replace(task, calibration=joint.task(task, IN_PROCESS).calibration))
+    solve = solver.solve
+
+    def overflowing(*arguments: Any, **options: Any) -> Any:
+        result = solve(*arguments, **options)
+        name = list(result.solution)[-1]  # of OPT's attention, the bias
+        return replace(result, solution=Point({**result.solution, name: 1e6 * torch.ones_like(result.solution[name])}))
+
+    monkeypatch.setattr(solver, "solve", overflowing)
+    monkeypatch.setattr(AttentionOutput, "validation_loss", lambda _, x: 1.0 / float(x["output"].norm()))
+    outcome = replace(recipe, joint=joint).prune(together, task)
+    figures = outcome.details["joint"][0][step]
+    assert (figures["accepted"], figures["status"]) == (False, "NONFINITE")
+    assert any("was not finite in 1 of 1 blocks, which are left as they were" in note for note in outcome.notes)
+    for name, parameter in alone.named_parameters():
+        if step == "refit" or "attn" in name:  # the others read the outputs of the pruned attention
+            assert torch.equal(parameter, together.get_parameter(name)), name
 
 
 @pytest.mark.usefixtures("few_steps")

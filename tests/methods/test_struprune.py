@@ -189,6 +189,11 @@ def test_the_mean_of_the_error_goes_into_the_bias() -> None:
     assert torch.allclose(before, after, atol=1e-5)
     assert report.shape == (16, 24)
     assert neurons.count == 12
+    block.module.fc2.half()
+    gram = GramAccumulator(12)
+    gram.add(1e6 * hidden[:, :12])
+    with pytest.raises(UserError, match=r"fc2\.weight: the new bias has entries that are not finite"):
+        pruner.prune([neurons], {neurons.name: LayerStatistics.collected(gram)}, {neurons.name: 6})
 
 
 def test_one_block_is_looked_at_with_one_gram_for_each_branch(model_folder: Path, calibration: Sequences) -> None:

@@ -91,6 +91,22 @@ def test_write_refuses_other_shapes_and_numbers_that_overflow() -> None:
     with pytest.raises(ValueError, match="not finite"):
         view.write(torch.full((4, 6), 1e6))
     assert torch.equal(view.read(), before)
+    assert not view.fits(torch.full((4, 6), 1e6))
+    assert not view.fits(torch.zeros(4, 6), torch.full((4,), 1e6))
+    assert view.fits(torch.zeros(4, 6), torch.zeros(4))
+
+
+def test_write_bias_refuses_other_shapes_and_numbers_that_overflow() -> None:
+    view = WeightView("w", nn.Linear(6, 4).half(), part=(1, 2, 2))
+    first = view.module.bias[:2].clone()
+    view.write_bias(torch.ones(2, dtype=torch.float64))
+    assert torch.equal(view.module.bias, torch.cat([first, torch.ones(2).half()]))
+    with pytest.raises(ValueError, match="w: the new bias has entries that are not finite"):
+        view.write_bias(torch.full((2,), 1e6))
+    for other in (view, WeightView("w", nn.Linear(6, 4, bias=False))):
+        with pytest.raises(ValueError, match=r"w has no bias of shape \(4,\)"):
+            other.write_bias(torch.zeros(4))
+    assert torch.equal(view.module.bias, torch.cat([first, torch.ones(2).half()]))
 
 
 def test_weights_tied_to_the_outside_are_left_alone() -> None:

@@ -123,10 +123,10 @@ class Pruner:
         try:
             result, columns = selectors.solve(problem, self.selector, self.compensate)
             output.write(result.solution["weight"])
+            if problem.mean is not None and output.bias is not None:
+                output.write_bias(output.bias + problem.bias_shift(result.solution).to(output.bias))
         except (ValueError, LinAlgError) as error:
             raise UserError(f"{output.name}: {error}") from error
-        if problem.mean is not None and output.bias is not None:
-            output.bias.add_(problem.bias_shift(result.solution).to(output.bias))
         written = Point(weight=output.read().to(problem.weight.dtype))
         report = LayerReport(
             name=output.name,
