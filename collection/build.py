@@ -170,31 +170,49 @@ def place_of(layer: str) -> Path:
 
 
 def load(problem: str) -> checker.Problem:
-    """A problem of the collection by its id, from its file, whose hash is compared with the manifest.
+    """A problem of the collection by its id, from its file, whose data and sets are compared with the manifest.
 
     Raises:
         UserError: no such problem, its file is not built, or it has other content.
     """
-    layer, _, _ = problem.partition("/")
+    layer, _, name = problem.partition("/")
+    problems = problems_of(layer)
+    if problem not in problems:
+        raise UserError(f"{layer} has no set '{name}': {', '.join(manifest()[layer]['sets'])}")
+    return problems[problem]
+
+
+def problems_of(layer: str) -> dict[str, checker.Problem]:
+    """The problems of a layer by id, whose data and sets are compared with the manifest.
+
+    Raises:
+        UserError: no such layer, its file is not built, or it has other content.
+    """
     path = place_of(layer)
     if not path.exists():
         raise UserError(f"{layer} is not built: python -m collection.build --layers {layer}, with its model and text")
     try:
-        found = checker.load_problems(path).get(problem)
-        tensors, _ = checker.read(path, "problem")
+        problems = checker.load_problems(path)
     except checker.CheckError as error:
         raise UserError(str(error)) from error
-    if found is None:
-        raise UserError(f"{layer} has no set '{problem.partition('/')[2]}': {', '.join(manifest()[layer]['sets'])}")
-    if checker.tensor_hash(tensors) != manifest()[layer]["sha256"]:
+    if _fingerprints_in(problems) != manifest()[layer]["fingerprints"]:
         raise UserError(
             f"{path} has another SHA-256 than the manifest: build it again, or on the machine of the records"
         )
-    return found
+    return problems
+
+
+def fingerprints(layer: str, sets: Mapping[str, Any], digest: str) -> dict[str, str]:
+    """The fingerprint of each problem of a layer by the name of its set, from the hash of its tensors."""
+    return {name: checker.fingerprint_of(f"{layer}/{name}", given, digest) for name, given in sets.items()}
+
+
+def _fingerprints_in(problems: Mapping[str, checker.Problem]) -> dict[str, str]:
+    return {name.partition("/")[2]: problem.fingerprint for name, problem in problems.items()}
 
 
 def build(given: argparse.Namespace) -> tuple[int, list[str]]:
-    """(number of files written, a line for each whose hash is not that of the manifest)."""
+    """(number of files written, a line for each whose data or sets are not those of the manifest)."""
     entries, differing, count = manifest(), [], 0
     for source in sources(given):
         known = [name for name in entries if name.startswith(f"{source.name}.")]
@@ -208,21 +226,31 @@ def build(given: argparse.Namespace) -> tuple[int, list[str]]:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{layer}.safetensors"
             stated = {name: str(entry[name]) for name in ("model", "module", "block", "tokens", "ridge")}
-            stored = entries.get(layer, {}).get("sha256")
-            if path.exists() and stored and checker.tensor_hash(checker.read(path, "problem")[0]) == stored:
+            listed = entries.get(layer)
+            if listed and path.exists() and _is_current(path, listed["fingerprints"]):
                 digest = _hash(weight, hessian)
             else:
                 write_problem(path, layer, weight, hessian, entry["sets"], stated)
                 digest = checker.tensor_hash(checker.read(path, "problem")[0])
                 count += 1
-            if stored not in (None, digest):
-                differing.append(f"{layer}: SHA-256 {digest[:12]}, but {stored[:12]} in the manifest")
+            named = fingerprints(layer, entry["sets"], digest)
+            if listed and named != listed["fingerprints"]:
+                what = "sets" if digest == listed["sha256"] else "data"
+                differing.append(f"{layer} differs from the manifest in its {what} (SHA-256 of the data {digest[:12]})")
             if given.write_manifest:
-                entries[layer] = {**entry, "subset": subset, "committed": committed, "sha256": digest}
+                place = {"subset": subset, "committed": committed}
+                entries[layer] = {**entry, **place, "sha256": digest, "fingerprints": named}
     if given.write_manifest:
         lines = [f"{json.dumps(name)}: {json.dumps(entry, sort_keys=True)}" for name, entry in entries.items()]
         MANIFEST.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return count, differing
+
+
+def _is_current(path: Path, expected: Mapping[str, str]) -> bool:
+    try:
+        return _fingerprints_in(checker.load_problems(path)) == expected
+    except checker.CheckError:
+        return False
 
 
 def _hash(weight: NDArray[np.float32], hessian: NDArray[np.float32]) -> str:
@@ -258,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"build: {error}")
     print(*differing, f"{count} files written", sep="\n")
     if differing:
-        sys.exit(f"build: {len(differing)} layers have other hashes: records of the manifest's do not apply to them")
+        sys.exit(f"build: {len(differing)} layers differ from the manifest: its records do not apply to them")
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ class CheckError(ValueError):
 class Problem:
     """A layer problem: W (out, in), H (in, in), or (out, in, in) if every row has its own, and the sparse set.
 
-    `content` is the SHA-256 of the tensors, as listed in `problems.json`; `fingerprint` is the SHA-256 of the content,
-    the id and the set, and is stored in solutions and certificates.
+    `fingerprint` is the SHA-256 of the tensors, the id and the set; it is listed in `problems.json` and stored in
+    solutions and certificates.
     """
 
     id: str
@@ -76,7 +76,6 @@ class Problem:
     weight: Array
     hessian: Array
     fingerprint: str
-    content: str = ""
 
     @property
     def is_stack(self) -> bool:
@@ -160,10 +159,15 @@ def load_problems(path: Path) -> dict[str, Problem]:
         check_set(given, out, width)
         if hessian.ndim == 3 and given["kind"] != "row":
             raise CheckError(f"{path}: a stack of rows can only have sets of the kind 'row'")
-        identity = json.dumps([FORMATS["problem"], f"{name}/{label}", given, content], sort_keys=True)
-        fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-        problems[f"{name}/{label}"] = Problem(f"{name}/{label}", given, weight, hessian, fingerprint, content)
+        identity = f"{name}/{label}"
+        problems[identity] = Problem(identity, given, weight, hessian, fingerprint_of(identity, given, content))
     return problems
+
+
+def fingerprint_of(identity: str, given: Mapping[str, Any], content: str) -> str:
+    """SHA-256 of the id of a problem, its set, and the hash of its tensors."""
+    named = json.dumps([FORMATS["problem"], identity, given, content], sort_keys=True)
+    return hashlib.sha256(named.encode()).hexdigest()
 
 
 def tensor_hash(tensors: Mapping[str, NDArray[Any]]) -> str:
@@ -818,7 +822,7 @@ def report(problem: Problem, reached: Value | None, proved: Bound | None) -> Ite
     unit = energy(problem) or 1.0
     each = " independent rows" if problem.is_stack else ""
     yield f"problem  {problem.id}: {out} x {width}{each}, {json.dumps(problem.set)}"
-    yield f"content  SHA-256 {problem.content}: problems.json has the same, if this is the problem of the collection"
+    yield f"SHA-256  {problem.fingerprint} of id, set and data: compare it with the fingerprint in problems.json"
     if reached is not None:
         lower, upper = decimal_text(reached.lower, "bound", 15), decimal_text(reached.upper, "value", 15)
         yield f"value    in [{lower}, {upper}], proved; relative {reached.upper / unit:.6g}"

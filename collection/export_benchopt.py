@@ -15,6 +15,7 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
+from admm_prune.errors import UserError
 from collection import build, record
 
 TEMPLATE = Path(__file__).parent / "benchopt"
@@ -25,12 +26,15 @@ def export(out: Path, pattern: str = "*") -> list[Path]:
 
     Raises:
         FileNotFoundError: no layer of this name is built.
+        UserError: a file has other content than the manifest.
         FileExistsError: `out` is there.
     """
     chosen = [name for name, entry in build.manifest().items() if fnmatch(name, pattern) and entry["module"] != "rows"]
     files = [path for name in chosen if (path := build.place_of(name)).exists()]
     if not files:
         raise FileNotFoundError(f"no layer that is built matches '{pattern}'")
+    for file in files:
+        build.problems_of(file.stem)  # the records are for the content of the manifest
     shutil.copytree(TEMPLATE, out, ignore=shutil.ignore_patterns("__pycache__"))
     for folder in ("benchmark_utils", "problems"):
         (out / folder).mkdir()
@@ -48,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         written = export(given.out, given.layers)
-    except OSError as error:
+    except (OSError, UserError) as error:
         sys.exit(f"export_benchopt: {error}")
     print(f"{len(written)} layers in {given.out}: benchopt run {given.out}")
 

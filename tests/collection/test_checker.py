@@ -274,7 +274,8 @@ def test_it_runs_where_torch_cannot_be_imported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(ROOT / "collection/checker.py"), *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["problem", "content", "value", "bound", "gap"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["problem", "SHA-256", "value", "bound", "gap"]
+    assert problem.fingerprint in done.stdout
 
 
 def test_numbers_that_overflow_prove_nothing() -> None:

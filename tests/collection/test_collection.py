@@ -20,6 +20,7 @@ from admm_prune.point import Point
 from collection import bounds, build, checker, long_search, page, profiles, record, solve
 from collection.capture import Layer, damped, row_problems
 from collection.checker import Problem
+from collection.export_benchopt import export
 from collection.files import write_certificate, write_problem, write_solution
 from collection.sets import constraint_of
 from tests.collection import exact, producers
@@ -51,7 +52,13 @@ def test_committed_files_are_small_and_as_in_the_manifest() -> None:
         entry = build.manifest()[layer]
         assert checker.tensor_hash(tensors) == entry["sha256"]
         assert json.loads(metadata["sets"]) == entry["sets"]
+        assert {name.partition("/")[2] for name in build.problems_of(layer)} == set(entry["sets"])
         assert list(tensors["weight"].shape) == entry["shape"]
+
+
+def test_every_fingerprint_is_that_of_the_set_and_data_of_the_manifest() -> None:
+    for layer, entry in build.manifest().items():
+        assert entry["fingerprints"] == build.fingerprints(layer, entry["sets"], entry["sha256"])
 
 
 @pytest.mark.parametrize("layer", COMMITTED)
@@ -100,6 +107,12 @@ def test_row_problems_are_restrictions_of_their_layers() -> None:
         np.testing.assert_allclose(h * (w @ block @ w), block, rtol=1e-4)
 
 
+def hashes(path: Path, layer: str) -> dict[str, Any]:
+    """The entries of the manifest that name the content of a problem file with the set "row"."""
+    digest = checker.tensor_hash(checker.read(path, "problem")[0])
+    return {"sha256": digest, "fingerprints": build.fingerprints(layer, {"row": SETS["row"]}, digest)}
+
+
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A collection of one matrix and one stack of rows, in its own folder."""
@@ -109,9 +122,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         hessian = hessian + np.eye(4, dtype=np.float32) * 0.1 * np.abs(hessian).max()
         path = tmp_path / "problems" / f"{layer}.safetensors"
         write_problem(path, layer, weight, hessian, {"row": SETS["row"]}, {})
-        digest = checker.tensor_hash(checker.read(path, "problem")[0])
         entry = {"model": "tiny", "module": "rows" if stack else "q", "shape": [2, 4], "sets": {"row": SETS["row"]}}
-        entries[layer] = {**entry, "sha256": digest, "committed": True, "subset": "small"}
+        entries[layer] = {**entry, **hashes(path, layer), "committed": True, "subset": "small"}
     (tmp_path / "problems.json").write_text(json.dumps(entries))
     for module, name, value in (
         *((build, name, value) for name, value in (("FOLDER", tmp_path), ("MANIFEST", tmp_path / "problems.json"))),
@@ -177,7 +189,7 @@ def test_a_refused_or_worse_file_changes_nothing(small: Path) -> None:
     path = small / "problems/tiny.safetensors"
     write_problem(path, "tiny", weight.astype(np.float32), hessian.astype(np.float32), {"row": SETS["row"]}, {})
     entries = build.manifest()
-    entries["tiny"]["sha256"] = checker.tensor_hash(checker.read(path, "problem")[0])
+    entries["tiny"] |= hashes(path, "tiny")
     (small / "problems.json").write_text(json.dumps(entries))
     problem = build.load("tiny/row")
     good = producers.solution(problem)
@@ -252,6 +264,42 @@ def test_a_problem_that_is_missing_or_changed_is_named(small: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="not built"):
         build.load("tiny/row")
+
+
+@pytest.mark.parametrize(
+    "sets", [{"row": {"kind": "row", "keep": 3}}, {"row": SETS["row"], "all": {"kind": "row", "keep": 4}}]
+)
+def test_a_file_with_other_sets_is_not_that_of_the_manifest(small: Path, sets: dict[str, Any]) -> None:
+    """The data are those of the manifest, so that only the fingerprints tell."""
+    path = small / "problems/tiny.safetensors"
+    tensors, metadata = checker.read(path, "problem")
+    save_file(tensors, path, {**metadata, "sets": json.dumps(sets)})
+    given = checker.load_problems(path)["tiny/row"]
+    write_solution(small / "s.safetensors", given, np.where(np.arange(4) < given.set["keep"], given.weight, 0), {})
+    with pytest.raises(UserError, match="another SHA-256"):
+        record.offer("tiny/row", small / "s.safetensors")
+    assert not record.records()
+    with pytest.raises(UserError, match="another SHA-256"):
+        export(small / "out", "tiny")
+
+
+def test_build_replaces_a_file_with_other_sets(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small / "problems/tiny.safetensors"
+    tensors, metadata = checker.read(path, "problem")
+    loaded = build.load("tiny/row")
+    entry = {**build.manifest()["tiny"], "block": 0, "tokens": 9, "ridge": "0"}
+    data = (loaded.weight.astype(np.float32), loaded.hessian.astype(np.float32))
+    monkeypatch.setattr(build, "sources", lambda _: [build.Source("tiny", "", "", 9, (0, 0, 0), ())])
+    monkeypatch.setattr(build, "layers_of", lambda _: iter([("tiny", entry, *data)]))
+    monkeypatch.setattr(build, "subset_of", lambda *_: ("small", True))
+    given = argparse.Namespace(layers="tiny*", subset=None, write_manifest=False, out=small / "built")
+    assert build.build(given) == (0, [])
+    save_file(tensors, path, {**metadata, "sets": json.dumps({"row": {"kind": "row", "keep": 3}})})
+    assert build.build(given) == (1, [])
+    assert build.load("tiny/row").set == SETS["row"]
+    entry["sets"] = {"row": {"kind": "row", "keep": 3}}
+    count, (line,) = build.build(given)
+    assert (count, line[:44]) == (0, "tiny differs from the manifest in its sets (")
 
 
 def test_solve_continues_and_offers(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
