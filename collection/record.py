@@ -4,9 +4,10 @@
 
 The checker recomputes the value and the bound, and only improvements of the record are kept. "-" in place of SOLUTION
 offers a certificate alone. In a stack of rows every row is compared separately, and the better rows are combined; if
-the files of the record are not available, the sums are compared instead. Values are rounded up to ten digits, and
-bounds down. The files of committed problems are in `solutions/`, those of others in `built/solutions/`, with their
-SHA-256 in the table; the command under `settings` makes them again. Several commands may offer records concurrently.
+the files of the record are not available, or not those of the table, the sums are compared instead. Values are rounded
+up to ten digits, and bounds down. The files of committed problems are in `solutions/`, those of others in
+`built/solutions/`, with their SHA-256 in the table; the command under `settings` makes them again. Several commands may
+offer records concurrently.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 from admm_prune.errors import UserError
 from benchmarks.journal import number
 from collection import build, checker
-from collection.checker import Array, Problem
+from collection.checker import Array, CheckError, Problem
 from collection.files import write_certificate, write_solution
 
 TABLE = build.FOLDER / "records.csv"
@@ -107,13 +108,14 @@ def offer(problem: str, solution: Path | None, certificate: Path | None = None, 
 
     Raises:
         UserError: there is no such problem, or it is not built.
-        CheckError: a file is rejected; nothing is changed.
+        CheckError: a file is rejected, or a bound would be above a value; nothing is changed.
     """
     loaded = build.load(problem)
     checker.check(build.place_of(problem.partition("/")[0]), solution, certificate, problem)
     with locked(TABLE):  # from the comparison with the record until both the files and the table are replaced
         rows = records()
         row = rows.get(problem, dict.fromkeys(COLUMNS, "") | {"id": problem})
+        before = dict(row)
         row["energy"] = f"{checker.energy(loaded):.10g}"
         offers = [
             None if solution is None else _offer_solution(loaded, row, solution, holder),
@@ -123,7 +125,7 @@ def offer(problem: str, solution: Path | None, certificate: Path | None = None, 
         if better:
             for given in better.values():
                 row |= given.changes
-            row["gap"], row["worst_row_gap"] = _gaps(loaded, row, better)
+            row["gap"], row["worst_row_gap"] = _gaps(loaded, before, row, better)
             for what, given in better.items():  # nothing above has changed a file
                 given.write()
                 kind = _KEPT[what]
@@ -138,7 +140,7 @@ def _offer_solution(problem: Problem, row: Row, path: Path, holder: str | None) 
     weight = weight.astype(np.float32).astype(np.float64)  # as it is stored
     reached = checker.value(problem, weight)
     better = not row["value"] or reached.upper < _beyond(float(row["value"]), -1)
-    if problem.is_stack and kept.exists():
+    if problem.is_stack and _is_recorded(problem.id, row, "value"):
         known = checker.load_weight(kept, problem)
         before = checker.value(problem, known).rows[:, 1]
         of_rows = reached.rows[:, 1] < _beyond(before, -1)
@@ -158,7 +160,7 @@ def _offer_certificate(problem: Problem, row: Row, path: Path, holder: str | Non
     tensors, notes = checker.read(path, "certificate")
     kind, proved, notes = notes["kind"], checker.bound(problem, path), _named(notes, holder)
     better = not row["bound"] or proved.value > _beyond(float(row["bound"]), 1)
-    if problem.is_stack and kept.exists():
+    if problem.is_stack and _is_recorded(problem.id, row, "bound"):
         known, before = checker.read(kept, "certificate"), checker.bound(problem, kept)
         assert proved.rows is not None
         assert before.rows is not None
@@ -181,15 +183,24 @@ def _beyond(numbers: Any, sign: int) -> Any:
     return numbers + sign * _BETTER * np.abs(numbers)
 
 
-def _kept_values(problem: Problem) -> Array | None:
+def _is_recorded(problem: str, row: Row, what: str) -> bool:
+    """Whether the file behind a column is available, and is the one whose hash is in the table."""
+    kind = _KEPT[what]
+    kept = place_of(problem, kind)
+    return kept.exists() and checker.tensor_hash(checker.read(kept, kind)[0]) == row[f"{what}_sha256"]
+
+
+def _kept_values(problem: Problem, row: Row) -> Array | None:
     """The values of the rows of the record's solution, if its file is available."""
-    kept = place_of(problem.id, "solution")
-    return checker.value(problem, checker.load_weight(kept, problem)).rows[:, 1] if kept.exists() else None
+    if not _is_recorded(problem.id, row, "value"):
+        return None
+    return checker.value(problem, checker.load_weight(place_of(problem.id, "solution"), problem)).rows[:, 1]
 
 
-def _kept_bounds(problem: Problem) -> Array | None:
-    kept = place_of(problem.id, "certificate")
-    return checker.bound(problem, kept).rows if kept.exists() else None
+def _kept_bounds(problem: Problem, row: Row) -> Array | None:
+    if not _is_recorded(problem.id, row, "bound"):
+        return None
+    return checker.bound(problem, place_of(problem.id, "certificate")).rows
 
 
 def _named(notes: Mapping[str, str], holder: str | None) -> dict[str, str]:
@@ -215,17 +226,30 @@ def _joined(notes: Mapping[str, str], row: Row, what: str, better: NDArray[np.bo
     return joined
 
 
-def _gaps(problem: Problem, row: Row, better: Mapping[str, _Offer]) -> tuple[str, str]:
-    """(gap of the sums, largest gap of a row in a stack); each is empty if a value or bound for it is missing."""
+def _gaps(problem: Problem, before: Row, row: Row, better: Mapping[str, _Offer]) -> tuple[str, str]:
+    """(gap of the sums, largest gap of a row in a stack); each is empty if a value or bound for it is missing.
+
+    Args:
+        before: the row of the table, whose hashes name the files that are replaced later.
+        row: the new row.
+        better: the offers in it.
+
+    Raises:
+        CheckError: a bound is above the value.
+    """
     if not row["value"] or not row["bound"]:
         return "", ""
+    if float(row["bound"]) > float(row["value"]):
+        raise CheckError(f"{problem.id}: the bound {row['bound']} is above the value {row['value']}: report this error")
     gap = f"{checker.gap(float(row['value']), float(row['bound'])):.4g}"
     if not problem.is_stack:
         return gap, ""
-    reached = better["value"].rows if "value" in better else _kept_values(problem)
-    proved = better["bound"].rows if "bound" in better else _kept_bounds(problem)
+    reached = better["value"].rows if "value" in better else _kept_values(problem, before)
+    proved = better["bound"].rows if "bound" in better else _kept_bounds(problem, before)
     if reached is None or proved is None:
         return gap, ""
+    if (above := np.flatnonzero(proved > reached)).size:
+        raise CheckError(f"{problem.id}: the bound of row {above[0]} is above its value: report this error")
     return gap, f"{max(map(checker.gap, reached, proved)):.4g}"
 
 
@@ -276,7 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     solution = None if given.solution == "-" else Path(given.solution)
     try:
         lines = offer(given.problem, solution, given.certificate, given.holder)
-    except (UserError, checker.CheckError) as error:
+    except (UserError, CheckError) as error:
         sys.exit(f"record: {error}")
     print("\n".join(lines))
 

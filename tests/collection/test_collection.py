@@ -233,6 +233,53 @@ def test_a_stack_whose_files_are_not_at_hand_takes_offers(small: Path) -> None:
     assert (row["bound"], row["worst_row_gap"]) == (before["bound"], "")
 
 
+def test_a_stale_file_of_a_stack_does_not_replace_a_better_record(small: Path) -> None:
+    """A file of an earlier record, with a row that the offer improves, and another that the table has better."""
+    problem = build.load("tiny.rows/row")
+    good, draw = producers.solution(problem), np.random.default_rng(1)
+    data = producers.dual(problem, draw)
+    data["shift"] = (good - problem.weight) * 0.01
+    none = {**data, "shift": data["shift"] * 0}
+    files = [record.place_of(problem.id, kind) for kind in ("solution", "certificate")]
+    offered(small, problem, problem.weight * (good != 0) * 0.5, "first", **none)
+    stale = [path.read_bytes() for path in files]
+    offered(small, problem, good, "second", **data)
+    before = record.records()[problem.id]
+    for path, content in zip(files, stale, strict=True):
+        path.write_bytes(content)
+    half, shift = np.where([[True], [False]], good, 0), np.where([[True], [False]], data["shift"], 0)
+    lines = offered(small, problem, half, "third", **{**data, "shift": shift})
+    assert "not below" in lines[0]
+    assert "not above" in lines[1]
+    assert record.records()[problem.id] == before
+    offered(small, problem, good * (1 + 1e-6), "fourth", **{**data, "shift": data["shift"] * 2})  # a better bound alone
+    row = record.records()[problem.id]
+    assert (row["bound_solver"], row["worst_row_gap"]) == ("fourth", ""), "the stale solution has no part in the gap"
+
+
+@pytest.mark.parametrize(("layer", "what"), [(f"tiny{s}/row", w) for s in ("", ".rows") for w in ("value", "bound")])
+def test_a_bound_above_a_recorded_value_is_refused(small: Path, layer: str, what: str) -> None:
+    """Whichever of them is in the table, and false there."""
+    problem = build.load(layer)
+    write_solution(small / "s.safetensors", problem, producers.solution(problem), {})
+    data = producers.dual(problem, np.random.default_rng(1))
+    write_certificate(small / "c.safetensors", problem, "dual", data, {})
+    offers = {"value": (small / "s.safetensors", None), "bound": (None, small / "c.safetensors")}
+    for given in offers.values():
+        record.offer(problem.id, *given)
+    row = record.records()[problem.id]
+    other = {"value": "bound", "bound": "value"}[what]
+    false = {"value": float(row["bound"]) - 1e-3, "bound": float(row["value"]) + 1e-3}[other]
+    for left_out in record.COLUMNS:
+        if left_out.startswith(what):
+            row[left_out] = ""
+    record.write_records({problem.id: row | {other: repr(false)}}, small / "records.csv")
+    before = (small / "records.csv").read_bytes()
+    with pytest.raises(checker.CheckError, match="is above the value"):
+        record.offer(problem.id, *offers[what])
+    assert (small / "records.csv").read_bytes() == before
+
+
 def test_notes_are_one_line_of_a_table(small: Path) -> None:
     problem = build.load("tiny/row")
     notes = {"solver": "a | 0.0 |\nb", "settings": "c" * 9999, "holder": "x"}
