@@ -36,12 +36,12 @@ from safetensors import SafetensorError, safe_open
 Array = NDArray[np.float64]
 
 FORMATS = {kind: f"layer-{kind}-1" for kind in ("problem", "solution", "certificate")}
-TENSORS = {  # allowed in a file; no others, so that its SHA-256 identifies its content
-    "problem": {"weight", "hessian", "hessian_upper"},
-    "solution": {"weight", "mask", "values"},
-    "certificate": {
-        *("shift", "diagonal", "diagonal_of_row", "leaves", "row_of_leaf", "diagonal_of_leaf", "columns", "blocks"),
-    },
+TENSORS: Mapping[str, Sequence[tuple[str, ...]]] = {  # of a file; no others, so that its SHA-256 identifies its content
+    "problem": (("weight", "hessian"), ("weight", "hessian_upper")),
+    "solution": (("weight",), ("mask", "values")),
+    "dual": (("diagonal", "diagonal_of_row", "shift"),),
+    "tree": (("leaves", "row_of_leaf", "diagonal", "diagonal_of_leaf", "shift"),),
+    "block": (("columns", "blocks", "shift"),),
 }
 KINDS = {  # of sets, with the counts that define them
     "row": ("keep",),
@@ -118,22 +118,26 @@ def read(path: Path, kind: str) -> tuple[dict[str, NDArray[Any]], dict[str, str]
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
     except (SafetensorError, OSError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckError(f"{path} cannot be read as safetensors: {_one_line(error)}") from error
+        raise CheckError(f"{path} cannot be read as safetensors: {one_line(error) or type(error).__name__}") from error
     if metadata.get("format") != FORMATS[kind]:
         raise CheckError(f"{path} is not a {kind} of this collection: its format is not '{FORMATS[kind]}'")
-    if unknown := sorted(set(tensors) - TENSORS[kind]):
-        raise CheckError(f"{path}: a {kind} has no tensor '{_one_line(unknown[0])}'")
     return tensors, metadata
+
+
+def check_tensors(path: Path, tensors: Mapping[str, NDArray[Any]], kind: str) -> None:
+    """Raises CheckError if tensors other than those of a kind of file are there; `kind` is a key of `TENSORS`."""
+    if not any(set(tensors) <= set(names) for names in TENSORS[kind]):
+        found, wanted = one_line(", ".join(sorted(tensors))), " or ".join(map(", ".join, TENSORS[kind]))
+        raise CheckError(f"{path} contains the tensors {found}: of the kind '{kind}' they must be {wanted}")
 
 
 def load_problems(path: Path) -> dict[str, Problem]:
     """The problems in a file, one for each of its sets, by id: '<layer>/<set>'."""
     tensors, metadata = read(path, "problem")
+    check_tensors(path, tensors, "problem")
     weight = _real(path, tensors, "weight", 2)
     out, width = weight.shape
     if "hessian_upper" in tensors:
-        if "hessian" in tensors:
-            raise CheckError(f"{path} has both hessian and hessian_upper")
         packed = _real(path, tensors, "hessian_upper", 1, 2)
         if packed.shape[-1] != width * (width + 1) // 2:
             raise CheckError(f"{path}: hessian_upper has {packed.shape[-1]} entries, not those of {width} x {width}")
@@ -153,6 +157,8 @@ def load_problems(path: Path) -> dict[str, Problem]:
     name = metadata.get("id")
     if not name or not isinstance(sets, dict) or not sets:
         raise CheckError(f"{path} states no id and sets")
+    if not all(map(str.isprintable, (name, *sets))):
+        raise CheckError(f"{path}: its id and the names of its sets must not have line breaks or control characters")
     content = tensor_hash(tensors)
     problems = {}
     for label, given in sets.items():
@@ -183,7 +189,7 @@ def check_set(given: Any, rows: int, width: int) -> None:
     """Raises CheckError unless `given` is a valid set for matrices (rows, width)."""
     kind = given.get("kind") if isinstance(given, dict) else None
     if not isinstance(kind, str) or kind not in KINDS or set(given) != {"kind", *KINDS[kind]}:
-        raise CheckError(f"a set has one of the kinds {', '.join(KINDS)} and its counts, not {given}")
+        raise CheckError(f"a set has one of the kinds {', '.join(KINDS)} and its counts, not {one_line(given)}")
     listed = kind == "row" and isinstance(given["keep"], list)
     keeps = given["keep"] if listed else [given["keep"]]
     counts = [given[name] for name in KINDS[kind] if name != "keep"]
@@ -207,6 +213,7 @@ def load_weight(path: Path, problem: Problem) -> Array:
 
 def weight_of(tensors: Mapping[str, NDArray[Any]], problem: Problem, path: Path = Path("solution")) -> Array:
     """V (out, in), from `weight`, or from `mask` (one bit per entry, row by row) and the `values` at its set bits."""
+    check_tensors(path, tensors, "solution")
     shape = problem.weight.shape
     if "weight" in tensors:
         weight = _real(path, tensors, "weight", 2)
@@ -240,7 +247,7 @@ def claim(path: Path, kind: str, name: str) -> float | None:
 
 def _check_names(path: Path, metadata: Mapping[str, str], problem: Problem) -> None:
     if metadata.get("id") != problem.id:
-        raise CheckError(f"{path} is for the problem '{metadata.get('id')}', not '{problem.id}'")
+        raise CheckError(f"{path} is for the problem '{one_line(metadata.get('id'))}', not '{problem.id}'")
     if "problem" not in metadata:
         raise CheckError(f"{path} does not name the data of {problem.id}: its 'problem' must be {problem.fingerprint}")
     if metadata["problem"] != problem.fingerprint:
@@ -251,7 +258,7 @@ def _json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckError(f"{path}: its metadata is not JSON: {_one_line(error)}") from error
+        raise CheckError(f"{path}: its metadata is not JSON: {one_line(error) or type(error).__name__}") from error
 
 
 def _tensor(path: Path, tensors: Mapping[str, NDArray[Any]], name: str, *dimensions: int) -> NDArray[Any]:
@@ -282,8 +289,10 @@ def _whole(path: Path, tensors: Mapping[str, NDArray[Any]], name: str, dimension
     return tensor.astype(np.int64)
 
 
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(text: object) -> str:
+    """Text from a file or an error, without line breaks and control characters."""
+    printable = "".join(character if character.isprintable() else " " for character in str(text))
+    return " ".join(printable.split())
 
 
 # Set and value
@@ -753,7 +762,8 @@ def bound_of(
     """
     kinds = {"dual": dual_bound, "tree": tree_bound, "block": block_bound}
     if kind not in kinds:
-        raise CheckError(f"{path}: its kind is '{_one_line(kind)}', not one of {', '.join(kinds)}")
+        raise CheckError(f"{path}: its kind is '{one_line(kind)}', not one of {', '.join(kinds)}")
+    check_tensors(path, tensors, kind)
     try:
         proved = kinds[kind](problem, tensors, path)
     except OverflowError as error:
@@ -795,7 +805,7 @@ def check(
         first, kind = (solution, "solution") if solution is not None else (certificate, "certificate")
         problem_id = "" if first is None else read(first, kind)[1].get("id", "")
     if problem_id not in problems:
-        raise CheckError(f"{problem_file} has no problem '{problem_id}': it has {', '.join(problems)}")
+        raise CheckError(f"{problem_file} has no problem '{one_line(problem_id)}': it has {', '.join(problems)}")
     problem = problems[problem_id]
     reached = proved = None
     if solution is not None:

@@ -129,7 +129,7 @@ def _splitting(name: str) -> tuple[str, float, float]:
     hessian = build.load(name).hessian
     tensors, notes = checker.read(record.place_of(name, "certificate"), "certificate")
     scale = np.diagonal(hessian)
-    if "blocks" in tensors:
+    if notes["kind"] == "block":
         parts = np.einsum("gii->gi", tensors["blocks"]) / scale[tensors["columns"]]
     else:
         parts = tensors["diagonal"] / scale

@@ -209,7 +209,7 @@ def _named(notes: Mapping[str, str], holder: str | None) -> dict[str, str]:
 
 def _described(what: str, notes: Mapping[str, str]) -> Row:
     """The notes of a file as columns of the table, each on one line and without "|"."""
-    texts = {name: " ".join(notes.get(name, "").replace("|", "/").split()) for name in NOTES}
+    texts = {name: checker.one_line(notes.get(name, "").replace("|", "/")) for name in NOTES}
     return {f"{what}_{name}": text[:_LONGEST_NOTE] for name, text in texts.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from fractions import Fraction
@@ -291,10 +292,49 @@ def test_the_content_of_a_file_is_named_by_all_of_it(tmp_path: Path) -> None:
     problem = producers.problem(tmp_path, 3, "row")
     path = tmp_path / "problem.safetensors"
     tensors, metadata = checker.read(path, "problem")
-    for name, told in (("weight <f4 (2, 4)", "has no tensor"), ("hessian", "both")):
+    for name in ("weight <f4 (2, 4)", "hessian"):
         save_file({**tensors, name: problem.hessian}, path, metadata)
-        with pytest.raises(CheckError, match=told):
+        with pytest.raises(CheckError, match="must be weight, hessian or weight, hessian_upper"):
             checker.load_problems(path)
+    weight = producers.solution(problem)
+    for names in (("weight", "mask"), ("weight", "values"), ("weight", "mask", "values")):
+        with pytest.raises(CheckError, match="must be weight or mask, values"):
+            checker.weight_of(dict.fromkeys(names, weight), problem)
+
+
+@pytest.mark.parametrize(
+    ("kind", "decoy"),
+    [
+        *(("dual", name) for name in ("columns", "blocks", "leaves", "diagonal_of_leaf")),
+        *(("tree", name) for name in ("diagonal_of_row", "blocks")),
+        *(("block", name) for name in ("diagonal", "leaves")),
+    ],
+)
+def test_a_certificate_has_the_tensors_of_its_kind_alone(kind: str, decoy: str) -> None:
+    problem, draw = made(3, "row"), np.random.default_rng(3)
+    tensors: dict[str, Any] = getattr(producers, kind)(problem, draw)
+    checker.bound_of(problem, kind, tensors)
+    with pytest.raises(CheckError, match=f"of the kind '{kind}' they must be"):
+        checker.bound_of(problem, kind, {**tensors, decoy: np.zeros((1, 2))})
+
+
+@pytest.mark.parametrize("text", ["x\nvalue    in [0, 0], proved", "x\x1b[2K", "x\u2028y", "x\u202ey"])
+def test_ids_of_files_are_printed_in_one_line(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """In problems they are refused, as they would be on the lines of a result; in other files they are quoted."""
+    problem = producers.problem(tmp_path, 3, "row")
+    files = [tmp_path / f"{name}.safetensors" for name in ("problem", "s", "c")]
+    write_solution(files[1], problem, producers.solution(problem), {})
+    write_certificate(files[2], problem, "dual", producers.dual(problem, np.random.default_rng(3)), {})
+    for path, kind in zip(files, checker.FORMATS, strict=True):
+        tensors, metadata = checker.read(path, kind)
+        named = [{"id": text}] + [{"sets": json.dumps(x)} for x in ({text: SETS["row"]}, {"row": text})]
+        for change in named if kind == "problem" else [{"id": text}, {"kind": text}][: 1 + (kind == "certificate")]:
+            save_file(tensors, path, {**metadata, **change})
+            assert checker.main([str(files[0]), "-" if kind == "certificate" else str(files[1]), str(files[2])]) == 1
+            said = capsys.readouterr()
+            assert said.out == ""
+            assert said.err[:-1].isprintable()
+            save_file(tensors, path, metadata)
 
 
 @pytest.mark.parametrize(

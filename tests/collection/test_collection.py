@@ -83,6 +83,21 @@ def test_the_page_is_up_to_date() -> None:
     assert page.PAGE.read_text(encoding="utf-8") == page.page(), "run: make catalogue"
 
 
+@pytest.mark.parametrize(("kind", "part"), [("dual", 0.25), ("block", 0.5)])
+def test_the_page_reads_a_certificate_by_the_kind_it_states(small: Path, kind: str, part: float) -> None:
+    """Here the file has the tensors of both kinds, which the checker refuses."""
+    hessian = np.diag(np.diagonal(build.load("tiny/row").hessian))
+    tensors = {
+        "columns": np.arange(4)[None],
+        "blocks": 0.5 * hessian[None],
+        "diagonal": 0.25 * np.diagonal(hessian)[None],
+    }
+    path = record.place_of("tiny/row", "certificate")
+    path.parent.mkdir(parents=True)
+    save_file(tensors, path, {"format": checker.FORMATS["certificate"], "kind": kind})
+    assert page._splitting("tiny/row")[:2] == (kind, pytest.approx(part))
+
+
 @pytest.mark.parametrize("name", sorted(SETS))
 def test_the_solvers_are_given_the_set_of_the_file(name: str) -> None:
     draw = np.random.default_rng(0)
@@ -282,7 +297,7 @@ def test_a_bound_above_a_recorded_value_is_refused(small: Path, layer: str, what
 
 def test_notes_are_one_line_of_a_table(small: Path) -> None:
     problem = build.load("tiny/row")
-    notes = {"solver": "a | 0.0 |\nb", "settings": "c" * 9999, "holder": "x"}
+    notes = {"solver": "a | 0.0 |\n\x1bb", "settings": "c" * 9999, "holder": "x"}
     write_solution(small / "s.safetensors", problem, producers.solution(problem), notes)
     record.offer(problem.id, small / "s.safetensors", holder="y")
     row = record.records()[problem.id]
