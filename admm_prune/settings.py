@@ -374,7 +374,7 @@ class Settings(TextSettings):
         "auto",
         "Device: auto, cpu or cuda.",
         python="A module that is passed stays on its device.",
-        commands="run reproduce compare capture solve eval",
+        commands=f"{_COMMANDS} solve eval",
         saved_in="recipe",
     )
     out: str | Path | None = _run(
@@ -409,7 +409,7 @@ class Settings(TextSettings):
         None,
         "GiB of activations between blocks to keep in memory; the rest is stored on disk.",
         python="Here in bytes. By default a quarter of the free memory if weights are streamed, else no limit.",
-        commands="run reproduce",
+        commands="run reproduce plan",
         least=0,
         typed=float | None,
         spelled="activation_memory",

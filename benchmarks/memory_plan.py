@@ -22,6 +22,7 @@ from admm_prune.plan.plan import Plan, make_plan
 from benchmarks.machine import machine, write_results
 
 _GB = 1e9
+_ALL = 1 << 50  # bytes: all activations are in memory, however much is free on the machine that estimates
 # Width, width of the feed-forward network, blocks, heads, heads of keys and values, whether the head is the embedding.
 SHAPES = {
     "1B": (2048, 8192, 16, 32, 8, True),
@@ -54,7 +55,8 @@ def planned(shape: str, method: str) -> dict[str, Any]:
         how = {"micro_batch": 1, "gradient_checkpointing": True}
     with tempfile.TemporaryDirectory() as folder:
         config_of(shape).save_pretrained(folder)
-        plan = make_plan(folder, method=method, sparsity=0.5, samples=128, length=2048, gpu="h100", **how)
+        how |= {"sparsity": 0.5, "samples": 128, "length": 2048, "activation_bytes": _ALL}
+        plan = make_plan(folder, method=method, gpu="h100", **how)
     return {"model": shape, "method": method, "parameters": plan.parameters, "disk": _disk(plan)} | {
         place: plan.peak(place).bytes / _GB for place in ("device", "host")
     }

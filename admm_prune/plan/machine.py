@@ -17,6 +17,7 @@ from admm_prune.plan.counting import Work
 
 _LEAST = 0.2  # seconds of each measurement
 _SIDE, _ENTRIES, _FILE = 768, 1 << 22, 1 << 26
+_GPU_SIDE, _GPU_ENTRIES = 4096, 1 << 26  # large enough that the time of starting kernels does not count
 _ATTAINED = 0.5  # fraction of a data sheet's peak assumed for large products; not measured
 _GB = 1e9
 
@@ -87,41 +88,58 @@ def gpu_named(name: str, host: Machine) -> Machine:
     return Machine(name, source, rates, memory)
 
 
-def measured_here(folder: Path | None = None, half: torch.dtype = torch.bfloat16) -> Machine:
-    """Measures the processor of this machine, with the number of threads of torch, in about three seconds.
+def measured_here(
+    folder: Path | None = None, half: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> Machine:
+    """Measures this machine in about three seconds: the processor, with the number of threads of torch, or a GPU.
 
     Args:
         folder: a folder on the disk to measure; by default that for temporary files.
         half: the 16-bit dtype whose products are measured.
+        device: that computes.
     """
+    device = torch.device(device)
+    gpu = device.type == "cuda"
+    side, entries = (_GPU_SIDE, _GPU_ENTRIES) if gpu else (_SIDE, _ENTRIES)
+
+    def rate(run: Callable[[], object], units: float) -> float:
+        return _rate(run, units, torch.cuda.synchronize if gpu else None)
+
     rates: dict[str, float] = {}
     for kind, dtype in (("float64", torch.float64), ("float32", torch.float32), ("half", half)):
-        a = torch.randn(_SIDE, _SIDE).to(dtype)
-        rates[f"products_{kind}"] = _rate(lambda a=a: a @ a, 2 * _SIDE**3)  # type: ignore[misc]
+        a = torch.randn(side, side, device=device).to(dtype)
+        rates[f"products_{kind}"] = rate(lambda a=a: a @ a, 2 * side**3)  # type: ignore[misc]
         if dtype is not half:
-            spd = (a @ a.T).add_(torch.eye(_SIDE, dtype=dtype), alpha=_SIDE)
-            rates[f"factor_{kind}"] = _rate(
+            spd = (a @ a.T).add_(torch.eye(side, dtype=dtype, device=device), alpha=side)
+            rates[f"factor_{kind}"] = rate(
                 lambda spd=spd: torch.cholesky_inverse(torch.linalg.cholesky(spd)),  # type: ignore[misc]
-                _SIDE**3,
+                side**3,
             )
-    x = torch.randn(_ENTRIES)
+    x = torch.randn(entries, device=device)
     out = torch.empty_like(x)
-    rates["traffic"] = _rate(lambda: torch.mul(x, 2.0, out=out), 8 * _ENTRIES)
-    rates["select"] = _rate(lambda: x[: _ENTRIES // 8].kthvalue(_ENTRIES // 16), _ENTRIES // 8)
+    rates["traffic"] = rate(lambda: torch.mul(x, 2.0, out=out), 8 * entries)
+    rates["select"] = rate(lambda: x[: entries // 8].kthvalue(entries // 16), entries // 8)
     data = bytes(_FILE // 4)
     rates["hash"] = _rate(lambda: hashlib.sha256(data), len(data))
-    tiny = torch.randn(8)
-    rates["calls"] = _rate(lambda: [tiny.mul(2.0) for _ in range(1000)], 1000)
+    tiny = torch.randn(8, device=device)
+    rates["calls"] = rate(lambda: [tiny.mul(2.0) for _ in range(1000)], 1000)
     rates |= _disk(folder)
-    return Machine("this machine", "measured", rates)
+    return Machine(torch.cuda.get_device_name(device) if gpu else "this machine", "measured", rates)
 
 
-def _rate(run: Callable[[], object], units: float) -> float:
-    """Units per second: the mean over at least a fifth of a second, after one call to warm up."""
+def _rate(run: Callable[[], object], units: float, synchronize: Callable[[], object] | None = None) -> float:
+    """Units per second: the mean over at least a fifth of a second, after one call to warm up.
+
+    Args:
+        synchronize: waits for what `run` has started on another device.
+    """
+    wait = synchronize or (lambda: None)
     run()
+    wait()
     began, done = time.perf_counter(), 0
     while True:
         run()
+        wait()
         done += 1
         seconds = time.perf_counter() - began
         if seconds >= _LEAST:

@@ -14,7 +14,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.trained import Trained
-from admm_prune.methods.registry import DEFAULT, RECIPES
+from admm_prune.methods.registry import RECIPES
 from admm_prune.methods.target import Target
 from admm_prune.models.loading import locate
 from admm_prune.models.structure import notes_on
@@ -32,11 +32,12 @@ from admm_prune.plan.machine import Machine, gpu_memory, gpu_named, measured_her
 from admm_prune.plan.training import KEPT_IN_CHECKPOINTS, STEP, TRAINING, training_stages
 from admm_prune.plan.whole_model import ACTIVATIONS_PART, WEIGHTS, evaluating, loading, saving
 from admm_prune.runs.journal.folder import check_output, existing_parent
-from admm_prune.runs.machine import free_bytes, resident_bytes
-from admm_prune.runs.prune import decide
-from admm_prune.runs.resolved import parsed
+from admm_prune.runs.machine import free_bytes, pick_device, resident_bytes
+from admm_prune.runs.prune import decide, default_activation_bytes
+from admm_prune.runs.resolved import check_supported, parsed
 from admm_prune.runs.signature import takes
-from admm_prune.settings import PlanSettings
+from admm_prune.runs.texts import passed_from_python
+from admm_prune.settings import PlanSettings, TextSettings, options
 
 _GB = 1e9
 TEXT, TOKENS = "text", "tokenizer's lists"
@@ -46,6 +47,8 @@ _RECORD = 32 << 10  # bytes per block in the journal, mostly states of the rando
 _MATRIX = 8 << 10  # bytes per pruned matrix in the records, the manifest and the report
 _PAGES = 128 << 10  # bytes of the manifest, the card and the report in addition to those of the matrices
 _TOKENIZER = ("tokenizer*", "vocab*", "merges*", "*.model", "added_tokens*", "special_tokens*", "chat_template*")
+_PYTHON_ONLY = ("solver",)  # supported settings that are no options of the command line
+_OF_TEXT = ("eval_data", "split", "eval_split", "column", "documents", "eval_documents")  # used only with a text
 _SHARDED = ("weights", "gradients", "Adam's moments", "masks", "anchors", "teacher", "best weights so far")
 
 
@@ -92,16 +95,17 @@ class Plan:
             if stage.bytes > limit:
                 part = max((name for name in stage.parts if name != LIBRARIES), key=lambda name: stage.parts[name])
                 return (
-                    f"{self.method} does not fit: {stage.bytes / _GB:.2f} GB on the {place}, {limit / _GB:.2f} GB "
-                    f"there are; while at '{stage.name}' {part} take {stage.parts[part] / _GB:.2f} GB: "
-                    f"{self._advice(part, place)}"
+                    f"{self.method} does not fit: it needs {stage.bytes / _GB:.2f} GB on the {place}, "
+                    f"{limit / _GB:.2f} GB are available; at stage '{stage.name}', {stage.parts[part] / _GB:.2f} GB "
+                    f"are for {part}: {self._advice(part, place)}"
                 )
         needed = sum(self.disk.values())
         if self.free_disk is not None and needed > self.free_disk:
             part = max(self.disk, key=lambda name: self.disk[name])
             return (
-                f"{self.method} does not fit: {needed / _GB:.2f} GB on the disk of --out, {self.free_disk / _GB:.2f} "
-                f"GB there are; {self.disk[part] / _GB:.2f} GB are for {part}: use an --out on another disk"
+                f"{self.method} does not fit: it needs {needed / _GB:.2f} GB on the disk of --out, "
+                f"{self.free_disk / _GB:.2f} GB are available; {self.disk[part] / _GB:.2f} GB are for {part}: "
+                "use an --out on another disk"
             )
         return None
 
@@ -142,7 +146,9 @@ class Plan:
             return "use --stream, which holds one block at a time"
         if part == "Adam's moments" and recipe is not None and _keeps_full_moments(recipe):
             return "use elsa-l, whose moments take a quarter, or more --gpus"
-        if part in (ACTIVATIONS_PART, "tokens of the network", "targets"):
+        if part == ACTIVATIONS_PART:
+            return "use --activation-memory, which moves the rest to disk, or fewer --samples"
+        if part in ("tokens of the network", "targets"):
             return "use fewer --samples or a shorter --length"
         if part == STEP:
             return "use a smaller --micro-batch, --gradient-checkpointing, or a shorter --length"
@@ -153,7 +159,7 @@ class Plan:
         return "use more --gpus, or a blockwise method with --stream"
 
 
-@takes(PlanSettings, "plan")
+@takes(PlanSettings, "plan", also=_PYTHON_ONLY)
 def make_plan(settings: PlanSettings) -> Plan:
     """Estimates the cost of a run from the config of the model, without its weights.
 
@@ -164,12 +170,16 @@ def make_plan(settings: PlanSettings) -> Plan:
         UserError: an argument cannot be used.
     """
     # 1. The method, and the settings that do not depend on the model.
-    model, method, trusts = str(settings.model), settings.method or DEFAULT, settings.trust_remote_code
+    check_supported(settings, "plan", "a plan", also=_PYTHON_ONLY)
+    text = _text(settings)
+    if not isinstance(settings.model, str | Path):
+        raise UserError("a plan reads the config of a model: give its folder or its Hub id, not a module")
+    model, trusts = str(settings.model), settings.trust_remote_code
     gpu, gpus = settings.gpu, settings.gpus
-    text = None if settings.data is None else settings.text()
     pruning = parsed(settings)
     recipe, allocation = pruning.recipe, pruning.allocation
-    limits = _limits(settings)
+    device = _device(settings)
+    limits = _limits(settings, device)
     # As a run that writes its output decides, by the free memory of the device that holds the weights.
     free = limits.get("device", limits["host"] if settings.memory else free_bytes("cpu"))
     stream = decide(settings.stream, model, recipe, True, free)
@@ -189,7 +199,7 @@ def make_plan(settings: PlanSettings) -> Plan:
     recipe.check_task(task)
     # 3. The text, the rates of the machine, and the stages.
     reading = None if text is None else read(text, model, anatomy.model, stream=stream, trust_remote_code=trusts)
-    host = measured_here(out, _narrow(anatomy))
+    local = measured_here(out, _narrow(anatomy), "cpu" if gpu is not None else device)
     libraries = {LIBRARIES: resident_bytes()}  # includes the buffers allocated by matrix products
     notes = [*anatomy.notes, *notes_on(anatomy.model)]
     if stream and settings.stream == "auto":
@@ -200,26 +210,36 @@ def make_plan(settings: PlanSettings) -> Plan:
     if settings.bounds:
         notes.append("the time of --bounds is not counted: seconds for every matrix")
     validation = _validation_tokens(reading, settings.eval_samples, sequences.length, notes)
-    device = "cpu" if gpu is None else "cuda"
     stages = _stages(anatomy, recipe, task, validation, allocation, stream=stream, device=device)
     if reading is None:
         notes.append("the text itself and its tokenizer are not counted: give --data that is on this disk")
     else:
         stages = _with_text(stages, reading, {} if stream else {WEIGHTS: anatomy.weight_bytes})
-        host = replace(host, rates={**host.rates, "tokenize": reading.rate})
+        local = replace(local, rates={**local.rates, "tokenize": reading.rate})
     output = round(anatomy.weight_bytes * _saved_fraction(anatomy, recipe, task.target))
     disk = _disk(anatomy, stages, output, stream=stream)
-    machine = host if gpu is None else gpu_named(gpu, host)
-    if gpu is None:
-        notes += _notes_on_dtype(anatomy, host)
+    machine = local if gpu is None else gpu_named(gpu, local)
+    if device == "cpu":
+        notes += _notes_on_dtype(anatomy, local)
     if gpus > 1:
         stages = [_shared_out(stage, gpus) for stage in stages]
         notes.append(f"work and sharded state are divided by {gpus} GPUs evenly; communication is not counted")
     if gpu is not None:
         notes.append(f"time of {gpu}: {machine.source}")
+    activation_bytes = settings.activation_bytes
+    if activation_bytes is None and stream:
+        activation_bytes = default_activation_bytes(max(0, limits["host"] - libraries[LIBRARIES]))
+    if activation_bytes is not None:
+        stages, filed = _with_activations_on_disk(stages, activation_bytes)
+        if filed:
+            disk = {**disk, "activations beyond --activation-memory": gpus * filed}
+            notes.append(
+                f"{gpus * filed / _GB:.2f} GB of activations are on disk (--activation-memory): the time to write and "
+                "read them is not counted"
+            )
     return Plan(
         model=model,
-        method=method,
+        method=recipe.name,
         target=target.label,
         parameters=anatomy.parameters,
         weight_bytes=anatomy.weight_bytes,
@@ -235,8 +255,39 @@ def make_plan(settings: PlanSettings) -> Plan:
     )
 
 
-def _limits(settings: PlanSettings) -> dict[str, int]:
-    """Bytes of memory of the host, and of one GPU if the plan is for GPUs.
+def _text(settings: PlanSettings) -> TextSettings | None:
+    """The settings of the text; None if none is named.
+
+    Raises:
+        UserError: the text is an object, or there are settings of a text but no text.
+    """
+    passed, (data, eval_data) = passed_from_python(settings.data, settings.eval_data)
+    for role in passed:
+        raise UserError(f"{role} must be the name of a text in a plan: write the text to a file")
+    declared = options(PlanSettings)
+    if data is not None:
+        return settings.text(data=data, eval_data=eval_data)
+    for name in _OF_TEXT:
+        if getattr(settings, name) != declared[name].default:
+            raise UserError(f"--{name.replace('_', '-')} is of the text: name the calibration text with --data")
+    return None
+
+
+def _device(settings: PlanSettings) -> str:
+    """The device that the plan is for, "cpu" or "cuda": by default the one on which a run would be.
+
+    Raises:
+        UserError: there is no such device, or it is not the one of --gpu.
+    """
+    if settings.gpu is None:
+        return pick_device(settings.device)
+    if settings.device == "cpu":
+        raise UserError("--gpu plans for a GPU, --device cpu for the processor: leave one of them out")
+    return "cuda"
+
+
+def _limits(settings: PlanSettings, device: str) -> dict[str, int]:
+    """Bytes of memory of the host, and of one GPU if the plan is for a GPU.
 
     Raises:
         UserError: options for GPUs without the kind of GPU, or an unknown kind.
@@ -248,7 +299,19 @@ def _limits(settings: PlanSettings) -> dict[str, int]:
     limits = {"host": int(settings.memory * _GB) if settings.memory else free_bytes("cpu") + resident_bytes()}
     if settings.gpu is not None:
         limits["device"] = int(settings.device_memory * _GB) if settings.device_memory else gpu_memory(settings.gpu)
+    elif device == "cuda":
+        limits["device"] = free_bytes(device)
     return limits
+
+
+def _with_activations_on_disk(stages: list[Stage], limit: int) -> tuple[list[Stage], int]:
+    """The stages with at most `limit` bytes of activations in memory, and the bytes that are on disk instead."""
+    held = [stage.parts.get(ACTIVATIONS_PART, 0) for stage in stages]
+    limited = [
+        replace(stage, parts={**stage.parts, ACTIVATIONS_PART: limit}) if size > limit else stage
+        for stage, size in zip(stages, held, strict=True)
+    ]
+    return limited, max(0, max(held) - limit)
 
 
 def _with_text(stages: list[Stage], reading: Reading, weights: dict[str, int]) -> list[Stage]:

@@ -53,7 +53,7 @@ def _training(anatomy: Anatomy, recipe: Trained, task: Task) -> Stage:
     of the memory traffic of `elsa` about a tenth.
     """
     model = anatomy.model
-    rate_steps = recipe.steps - replace(recipe, steps=recipe.steps).training_steps
+    rate_steps = recipe.steps - recipe.training_steps
     trial = replace(recipe, steps=rate_steps + _STEPS)
     with counted() as counting:
         counting.know(*model.parameters(), *model.buffers())

@@ -86,9 +86,10 @@ def shards_weights(settings: Settings, recipe: Recipe, world: World) -> bool:
     return _why_in_memory(settings.model, settings.out is not None, settings.tasks) is None
 
 
-def default_activation_bytes() -> int:
-    """A quarter of the free memory of the host, where activations are stored on every device."""
-    return free_bytes("cpu") // 4
+def default_activation_bytes(free: int) -> int:
+    """The activations between blocks that a streamed run holds in memory by default: a quarter of the free memory of
+    the host, where they are stored on every device."""
+    return free // 4
 
 
 def _why_in_memory(model: object, written: bool, tasks: object) -> str | None:
@@ -209,7 +210,7 @@ def _recorded(settings: Settings, run: ResolvedRun, **opened: Any) -> dict[str, 
 def _runtime(settings: Settings, run: ResolvedRun, loaded: LoadedModel, journal: Journal) -> Runtime:
     activation_bytes = settings.activation_bytes
     if loaded.offloading.is_offloaded:
-        activation_bytes = default_activation_bytes() if activation_bytes is None else activation_bytes
+        activation_bytes = default_activation_bytes(free_bytes("cpu")) if activation_bytes is None else activation_bytes
         return_freed_memory()
     return Runtime(
         offloading=loaded.offloading,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from admm_prune.runs.machine import pick_device
 from admm_prune.runs.report import REPORT_PACKAGES
 from admm_prune.runs.texts import check_data, passed_from_python
 from admm_prune.runs.trackers import tracker_of
-from admm_prune.settings import Settings, TextSettings
+from admm_prune.settings import Settings, TextSettings, options
 
 PARTS = ("solver", "problem", "constraint")
 
@@ -123,6 +123,23 @@ def resolved(settings: Settings) -> ResolvedRun:
         tracker=tracker if world.first else None,
         callback=Callbacks(settings.callbacks, settings.progress),
     )
+
+
+def check_supported(settings: Settings, command: str, what: str, *, also: Collection[str] = ()) -> None:
+    """Refuses settings that a command does not support.
+
+    Args:
+        command: supports the settings that it has as options.
+        what: the command supports settings of this, for the message, such as "a plan".
+        also: settings that it supports although they are no options of the command line.
+
+    Raises:
+        UserError: another setting has a value other than its default.
+    """
+    for name, declared in options(type(settings)).items():
+        supported = command in declared.commands.split() or name in also
+        if not supported and getattr(settings, name) != declared.default:
+            raise UserError(f"{what} takes no {name}: leave it out")
 
 
 def described_parts(settings: Settings, names: Iterable[str]) -> dict[str, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ParamSpec, TypeVar
 
 from admm_prune.errors import did_you_mean, named_extra
@@ -16,13 +16,16 @@ S = TypeVar("S")
 R = TypeVar("R")
 
 
-def takes(kind: Callable[P, S], command: str | None = None) -> Callable[[Callable[[S], R]], Callable[P, R]]:
+def takes(
+    kind: Callable[P, S], command: str | None = None, *, also: Collection[str] = ()
+) -> Callable[[Callable[[S], R]], Callable[P, R]]:
     """Decorator that turns a function of settings into a function of their fields. In its docstring, one line for each
     field replaces "{options}".
 
     Args:
         kind: the class of the settings.
         command: document only the fields that are options of this command.
+        also: fields to document in addition.
     """
     declared = options(kind)
 
@@ -47,7 +50,7 @@ def takes(kind: Callable[P, S], command: str | None = None) -> Callable[[Callabl
         lines = [
             textwrap.fill(f"{name}: {one.help} {one.python}", 116, initial_indent="    ", subsequent_indent="        ")
             for name, one in declared.items()
-            if command is None or command in one.commands.split()
+            if command is None or command in one.commands.split() or name in also
         ]
         made.__doc__ = inspect.cleandoc(function.__doc__ or "").replace("    {options}", "\n".join(lines))
         return call

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import admm_prune
 from admm_prune.errors import UserError
+from admm_prune.models.activation_store import ActivationStore
 from admm_prune.plan import plan as plans
 from admm_prune.plan.counting import KINDS
 from admm_prune.plan.machine import Machine, measured_here
@@ -70,6 +71,40 @@ def test_a_run_writes_what_was_planned_at_most(
     assert most <= sum(planned.disk.values()) <= 1.3 * most
 
 
+def test_activations_beyond_their_limit_are_planned_on_disk(
+    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a streamed run does, whose limit is a quarter of the free memory by default."""
+    part, filed = "activations between blocks", "activations beyond --activation-memory"
+    given = GIVEN | {"method": "wanda", "data": str(text_file), "stream": True}
+    monkeypatch.setattr(plans, "resident_bytes", lambda: 0)
+    roomy, limited = make_plan(model, **given), make_plan(model, **given, activation_bytes=10_000)
+
+    def held(planned: plans.Plan) -> int:
+        return max(stage.parts.get(part, 0) for stage in planned.stages)
+
+    assert held(roomy) > 10_000 == held(limited)
+    assert filed not in roomy.disk
+    assert limited.disk[filed] == held(roomy) - 10_000
+    assert any("(--activation-memory)" in note for note in limited.notes)
+    assert limited.disk["activations in the journal"] == roomy.disk["activations in the journal"]
+    by_default = make_plan(model, **given, memory=0.001)
+    assert held(by_default) == min(held(roomy), 250_000)
+    in_memory = make_plan(model, **given | {"stream": False}, memory=0.001)
+    assert filed not in in_memory.disk, "without streaming there is no limit by default"
+
+    most, put = 0, ActivationStore.put
+
+    def counting(store: ActivationStore, name: str, tensor: torch.Tensor) -> None:
+        nonlocal most
+        put(store, name, tensor)
+        most = max(most, sum(path.stat().st_size for path in (tmp_path / "out.partial/scratch").rglob("*/*")))
+
+    monkeypatch.setattr(ActivationStore, "put", counting)
+    admm_prune.prune(model, device="cpu", out=tmp_path / "out", activation_bytes=10_000, **given)
+    assert 0 < most <= limited.disk[filed] + 10_000
+
+
 def test_a_run_that_the_disk_cannot_hold_is_refused(model: Path, tmp_path: Path) -> None:
     planned = make_plan(model, **GIVEN, method="wanda", out=tmp_path / "new/out")
     assert planned.free_disk is not None
@@ -80,7 +115,7 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(model: Path, tmp_path: Path)
     assert replace(planned, free_disk=None).refusal() is None, "no output, no disk"
     reason = replace(planned, disk={"output": 2 * 10**7, "journal": 10**7}, free_disk=10**7).refusal()
     assert reason is not None
-    said = "wanda does not fit: 0.03 GB on the disk of --out, 0.01 GB there are; 0.02 GB are for output:"
+    said = "wanda does not fit: it needs 0.03 GB on the disk of --out, 0.01 GB are available; 0.02 GB are for output:"
     assert reason.startswith(said)
     assert not (tmp_path / "new").exists()
 

@@ -465,7 +465,7 @@ def test_what_does_not_fit_is_told_with_its_part_and_what_helps(monkeypatch: pyt
     refused = replace(plan, limits={"host": 10**6}).refusal()
     assert refused is not None
     assert "wanda does not fit" in refused
-    assert "0.00 GB there are" in refused
+    assert "GB on the host, 0.00 GB are available; at stage '" in refused
 
 
 def test_experts_that_are_solved_in_batches_are_counted_so() -> None:
