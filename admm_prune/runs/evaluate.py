@@ -24,10 +24,11 @@ from admm_prune.models.structure import decoder_blocks
 from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.machine import check_dtype, pick_device
 from admm_prune.runs.manifest import TextRecord
-from admm_prune.runs.texts import Texts, check_data, log_notes, validation_text
+from admm_prune.runs.texts import check_data, evaluation_corpus, log_notes, packed_evaluation, validation_text
 from admm_prune.settings import TextSettings
 
 _IN_THE_WORKING_FOLDER = "; a relative path is one in the working folder"
+_READ_WITH = {"eval_split", "column", "eval_documents"}  # settings of the evaluation text other than those of packing
 _PROMPT, _CONTINUED = 24, 24  # tokens of the prompt and of its continuation
 
 
@@ -141,8 +142,7 @@ def evaluate_model(
     sparsity = evaluation.sparsity(decoder_blocks(loaded.model))
     log_notes(loaded)
     if run is not None:
-        texts = run.texts(loaded, changes)
-        sequences, record = texts.evaluation, texts.evaluation_record
+        sequences, record = run.evaluation(loaded, changes)
     else:
         assert text is not None
         sequences, record = validation_text(text, loaded)
@@ -153,20 +153,21 @@ def evaluate_model(
 
 @dataclass(frozen=True)
 class RunText:
-    """The texts of the run that wrote a model folder, and the hash of the tokens on which it was evaluated."""
+    """The text on which the run that wrote a model folder was evaluated, and the hash of its tokens."""
 
     model: str
     settings: TextSettings
     token_hash: str
 
-    def texts(self, loaded: LoadedModel, changes: dict[str, Any]) -> Texts:
-        """The texts with the settings of the run, some of which may be changed.
+    def evaluation(self, loaded: LoadedModel, changes: dict[str, Any]) -> tuple[Sequences, TextRecord]:
+        """The evaluation text with the settings of the run, some of which may be changed.
 
         Raises:
-            UserError: without changes the tokens differ from those of the run, or a text cannot be used.
+            UserError: without changes the tokens differ from those of the run, or the text cannot be used.
         """
-        texts = Texts(self.settings, loaded)
-        now = texts.evaluation.token_hash
+        corpus = evaluation_corpus(self.settings, loaded)
+        text = packed_evaluation(corpus, self.settings, loaded)
+        now = text[0].token_hash
         if now != self.token_hash:
             place = str(self.settings.eval_data or self.settings.data)
             relative = is_file_name(place) and not expanded(place).is_absolute()
@@ -175,11 +176,16 @@ class RunText:
                 f"{self.token_hash[:12]} became {now[:12]}){_IN_THE_WORKING_FOLDER if relative else ''}: name a text "
                 "with --data"
             )
-        return Texts(replace(self.settings, **changes), loaded) if changes else texts
+        if not changes:
+            return text
+        changed = replace(self.settings, **changes)
+        if changes.keys() & _READ_WITH:
+            corpus = evaluation_corpus(changed, loaded)
+        return packed_evaluation(corpus, changed, loaded)
 
 
 def text_of_run(model: str) -> RunText | None:
-    """The texts of the run that wrote a model folder; None if the folder has no manifest.
+    """The evaluation text of the run that wrote a model folder; None if the folder has no manifest.
 
     Raises:
         UserError: the manifest is damaged, or its text is no longer available.
@@ -192,15 +198,14 @@ def text_of_run(model: str) -> RunText | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         named = {name: value for name, value in content["settings"]["text"].items() if name in known}
         settings, token_hash = TextSettings(**named), str(content["texts"]["evaluation"]["token_hash"])
-        places = [Path(place) for place in (settings.data, settings.eval_data) if place is not None]
+        place = Path(settings.data if settings.eval_data is None else settings.eval_data)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} does not say on which text the run evaluated: name one with --data") from error
-    if Path(PYTHON_OBJECT) in places:
+    if place == Path(PYTHON_OBJECT):
         raise UserError(f"{model}: its run was given the text as a Python object: name a text with --data")
-    for place in places:
-        if is_file_name(str(place)) and not expanded(place).exists():
-            relative = "" if expanded(place).is_absolute() else _IN_THE_WORKING_FOLDER
-            raise UserError(f"{model}: the text of its run, {place}, is not there{relative}: name a text with --data")
+    if is_file_name(str(place)) and not expanded(place).exists():
+        relative = "" if expanded(place).is_absolute() else _IN_THE_WORKING_FOLDER
+        raise UserError(f"{model}: the text of its run, {place}, is not there{relative}: name a text with --data")
     return RunText(model, settings, token_hash)
 
 

@@ -119,7 +119,7 @@ class Texts:
         """The records of both texts, by their role; `samples` as for `calibration`."""
         return {
             "calibration": TextRecord.of(self._calibration_corpus, self.calibration(samples)),
-            "evaluation": self.evaluation_record,
+            "evaluation": TextRecord.of(self._validation_corpus, self.evaluation),
         }
 
     def notes(self, samples: int = DEFAULT_SAMPLES) -> tuple[str, ...]:
@@ -134,10 +134,6 @@ class Texts:
             if requested is not None and count < requested
         )
 
-    @property
-    def evaluation_record(self) -> TextRecord:
-        return TextRecord.of(self._validation_corpus, self.evaluation)
-
 
 def validation_text(settings: TextSettings, loaded: LoadedModel) -> tuple[Sequences, TextRecord]:
     """The evaluation text, without reading a calibration text: a local file as a whole, the held-out split of other
@@ -146,10 +142,30 @@ def validation_text(settings: TextSettings, loaded: LoadedModel) -> tuple[Sequen
     Raises:
         UserError: the text cannot be used, or the sequences are longer than the context of the model.
     """
-    length = sequence_length(loaded.model.config, settings.length)
     corpus = _sources(settings, loaded, {}).validation(whole=True)
     assert corpus is not None
     log_notes(corpus)
+    return packed_evaluation(corpus, settings, loaded)
+
+
+def evaluation_corpus(settings: TextSettings, loaded: LoadedModel) -> Corpus:
+    """The evaluation text of a run. The calibration text is read only if the evaluation text is a part of it.
+
+    Raises:
+        UserError: the text cannot be used.
+    """
+    corpus = _sources(settings, loaded, {}).evaluation()
+    log_notes(corpus)
+    return corpus
+
+
+def packed_evaluation(corpus: Corpus, settings: TextSettings, loaded: LoadedModel) -> tuple[Sequences, TextRecord]:
+    """The sequences of an evaluation text, and their record.
+
+    Raises:
+        UserError: the text cannot be used, or the sequences are longer than the context of the model.
+    """
+    length = sequence_length(loaded.model.config, settings.length)
     sequences = _pack_validation(corpus, settings, length, loaded)
     return sequences, TextRecord.of(corpus, sequences)
 
@@ -205,7 +221,7 @@ class _Sources:
         if settings.split != "train" and not self._has_splits("data"):
             raise UserError(f"{settings.data}: there are no splits in it: leave --split out")
         calibrating = self._read("data", settings.split, settings.documents)
-        if settings.eval_data is not None or settings.eval_split is not None or self._has_splits("data"):
+        if self._may_be_separate:
             validation = self.validation()
             if validation is not None:
                 return calibrating, validation
@@ -213,6 +229,17 @@ class _Sources:
             calibrating = replace(calibrating, notes=(*calibrating.notes, note))
         calibrating, validation = hold_out(calibrating)
         return calibrating, replace(validation, documents=validation.documents[: settings.eval_documents])
+
+    @property
+    def _may_be_separate(self) -> bool:
+        """Whether the evaluation text is another text or another split, if there is such a split."""
+        settings = self.settings
+        return settings.eval_data is not None or settings.eval_split is not None or self._has_splits("data")
+
+    def evaluation(self) -> Corpus:
+        """The evaluation text alone, which is held out of the calibration text if it is not separate."""
+        validation = self.validation() if self._may_be_separate else None
+        return self.both()[1] if validation is None else validation
 
     def validation(self, *, whole: bool = False) -> Corpus | None:
         """The evaluation text; None if it is not set and the calibration text has no split for it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import typer
 
 import admm_prune
 from admm_prune.cli.app import app
-from admm_prune.data.sources import PYTHON_OBJECT, read_corpus
+from admm_prune.data.sources import PYTHON_OBJECT, Corpus, read_corpus
 from admm_prune.errors import UserError
 from admm_prune.models.loading import load
 from admm_prune.runs.recipe_file import read_packaged, read_recipe
@@ -172,6 +173,31 @@ def test_a_run_reads_the_column_and_the_number_of_documents(
     refused(f"the text of its run, {rows}, is not there: name a text with --data", "eval", "out")
     (place / "out/admm_prune.json").write_text('{"settings": 3}')
     refused("does not say on which text the run evaluated: name one with --data", "eval", "out")
+
+
+def test_the_evaluation_text_of_a_run_is_read_alone_and_once(
+    command: Command, place: Path, model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is a text of its own, the calibration text may have been deleted."""
+    shutil.copyfile(text_file, place / "calibration.txt")
+    (place / "evaluation.txt").write_text(text_file.read_text()[5000:])
+    texts = ("--data", "calibration.txt", "--eval-data", "evaluation.txt")
+    assert command("run", "--model", model_folder, *texts, *QUICK, "--out", "out", "-q").status == 0
+    manifest = json.loads((place / "out/admm_prune.json").read_text())
+    (place / "calibration.txt").unlink()
+    read: list[str] = []
+
+    def reading(source: str, **how: Any) -> Corpus:
+        read.append(source)
+        return read_corpus(source, **how)
+
+    monkeypatch.setattr("admm_prune.runs.texts.read_corpus", reading)
+    assert command("eval", "out", "--json").json()["perplexity"] == manifest["pruned"]["perplexity"]
+    assert read == ["evaluation.txt"]
+    assert command("eval", "out", "--samples", "2", "--json").json()["text"]["sequences"] == 2
+    assert read == ["evaluation.txt"] * 2
+    assert command("eval", "out", "--documents", "3", "--json").json()["text"]["documents"] == 3
+    assert read == ["evaluation.txt"] * 4, "other documents than those of the run"
 
 
 def test_half_a_character_is_noted_in_the_manifest_and_logged(
