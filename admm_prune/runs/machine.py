@@ -24,6 +24,7 @@ from admm_prune.settings import Settings, options
 
 _DEVICES = ("auto", "cpu", "cuda")
 _MIB = 2**20
+_GROUP = Path("/sys/fs/cgroup")  # the control group of the container
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
 _PATIENCE = timedelta(hours=12)  # one process may solve a large layer while the others wait
 _store: Any = None  # the key-value store of torchrun, which outlives its processes
@@ -96,14 +97,16 @@ class PeakMemory:
 
 
 def free_bytes(device: torch.device | str) -> int:
-    """The available bytes of a CUDA device, or of the host within the limit of the control group."""
+    """The available bytes of a CUDA device, or of the host within the limit of the control group.
+
+    Pages of files that were not used recently count as available: they are dropped when memory is needed.
+    """
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = [_meminfo("MemAvailable:")]
     with suppress(OSError, ValueError):  # there is no limit, or it cannot be read
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        available.append(int((group / "memory.max").read_text()) - used)
+        used = int((_GROUP / "memory.current").read_text())
+        available.append(int((_GROUP / "memory.max").read_text()) - used + _inactive_file_bytes())
     return max(0, min(available))
 
 
@@ -142,6 +145,15 @@ def return_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_THRESHOLD, 2**16)
         library.malloc_trim(0)
+
+
+def _inactive_file_bytes() -> int:
+    """The bytes of file pages in the control group that were not used recently; 0 if they cannot be read."""
+    with suppress(OSError, ValueError):
+        for line in (_GROUP / "memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):
+                return int(line.split()[1])
+    return 0
 
 
 def _meminfo(field: str) -> int:
