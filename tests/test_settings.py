@@ -12,6 +12,7 @@ import pytest
 import typer
 
 import admm_prune
+from admm_prune.cli import common
 from admm_prune.cli.app import app
 from admm_prune.errors import UserError
 from admm_prune.methods.target import Target
@@ -130,6 +131,26 @@ def test_a_command_has_the_options_that_name_it(name: str) -> None:
     assert (
         expected.items() <= {parameter.name: getattr(parameter, "help", None) for parameter in command.params}.items()
     )
+
+
+@pytest.mark.parametrize("name", ["activation_memory", "distillation", "memory", "device_memory"])
+def test_no_number_of_the_command_line_is_nan(name: str) -> None:
+    """Old versions of click find it in every range."""
+    typed = {one.spelled: one.typed_default for one in options(PlanSettings).values() if "plan" in one.commands.split()}
+    command = common.takes("plan", PlanSettings)(lambda **_: None)
+    command(**typed | {name: 0.5})
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} must be a number, not nan"):
+        command(**typed | {name: float("nan")})
+
+
+@pytest.mark.parametrize("kind", [Settings, PlanSettings])
+def test_every_number_of_python_is_in_its_range(kind: Any) -> None:
+    floats = {name: one for name, one in options(kind).items() if one.typed in (float, float | None)}
+    assert len(floats) >= 2
+    for name, declared in floats.items():
+        assert declared.least is not None, name
+        with pytest.raises(UserError, match=f"{name} must be"):
+            kind("embedded", **{name: float("nan")})
 
 
 def test_the_schema_has_what_recipes_keep() -> None:

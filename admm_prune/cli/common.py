@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Generator
@@ -18,6 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from admm_prune.cli import interrupts
+from admm_prune.errors import UserError, unknown
 from admm_prune.settings import Option, Settings, options
 
 _DECLARED = options(Settings)
@@ -63,8 +65,6 @@ def check_names(kind: str, *names: str) -> None:
         UserError: there is none of this name.
     """
     from importlib.metadata import entry_points
-
-    from admm_prune.errors import unknown
 
     group, *listed = _NAMED[kind]
     plugins = sorted(point.name for point in entry_points(group=f"admm_prune.{group}"))
@@ -125,6 +125,8 @@ def takes(command: str, kind: type = Settings, *, replaces: bool = False) -> Cal
             values: dict[str, Any] = {}
             for name, one in declared.items():
                 value = given.pop(one.spelled)
+                if isinstance(value, float) and math.isnan(value):  # which old versions of click find in every range
+                    raise UserError(f"--{one.spelled.replace('_', '-')} must be a number, not nan")
                 left_out = value is None and replaces and one.saved_in == "recipe"
                 values[name] = value if one.parse is None or left_out else one.parse(value)
             function(**given, **values)
@@ -184,8 +186,6 @@ def logs(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def call(*, verbose: int, quiet: bool, **given: Any) -> None:
-        from admm_prune.errors import UserError
-
         if verbose and quiet:
             raise UserError("--verbose and --quiet exclude each other")
         logger, handler = logging.getLogger("admm_prune"), _Stderr()
