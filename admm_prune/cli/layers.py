@@ -62,6 +62,7 @@ def capture(
 @common.logs
 @common.takes("solve")
 def solve(
+    ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="A layer problem file, as written by 'admm-prune capture'.")],
     solver: Annotated[
         str,
@@ -109,7 +110,7 @@ def solve(
     problem, constraint = options.pop("problem"), options.pop("constraint")
     check_one_set(constraint, pattern)
     if solution is not None:
-        if solver != "admm":
+        if "solver" in common.given(ctx):
             raise UserError("give either --solver or --solution")
         solver = GIVEN
     made_by = method_named(solver) if solution is None else given(load_solution(solution))

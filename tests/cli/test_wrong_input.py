@@ -347,8 +347,9 @@ def test_a_layer_file_that_is_none(refused: Refused, place: Path, layer_file: Pa
     refused("layer.txt is not a safetensors file", "solve", "layer.txt", "--sparsity", "0.5")
     refused("no such layer file: missing", "solve", "missing", "--sparsity", "0.5")
     refused("no such solution: missing", "solve", layer_file, "--solution", "missing", "--sparsity", "0.5")
-    both = ("--solver", "wanda", "--solution", "missing")
-    refused("give either --solver or --solution", "solve", layer_file, *both, "--sparsity", "0.5")
+    for solver in ("wanda", "admm"):  # the default too, where it is given
+        both = ("--solver", solver, "--solution", "missing")
+        refused("give either --solver or --solution", "solve", layer_file, *both, "--sparsity", "0.5")
     refused(". is a folder, not a layer file", "solve", ".", "--sparsity", "0.5")
     for energy, why in (("much", "among the metadata must be a number"), ("nan", "must be finite and not negative")):
         save_file(
