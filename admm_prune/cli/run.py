@@ -71,11 +71,14 @@ def show_plan(recipe: Recipe, out: Path | None, json: bool) -> None:
     Raises:
         UserError: it cannot be run.
     """
+    from admm_prune.runs.machine import started
     from admm_prune.runs.recipe_file import written
     from admm_prune.runs.resolved import parsed
 
     parsed(settings.Settings(**recipe.arguments()))  # raises where it cannot be run
     content = recipe.as_content()
+    if started()[0] > 0:  # of several processes the first prints
+        return
     if json:
         common.emit({"recipe": content, "out": None if out is None else str(out)})
         return

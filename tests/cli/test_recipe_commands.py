@@ -186,3 +186,12 @@ def test_recipes_are_listed_shown_and_checked(command: Command, place: Path) -> 
             assert reason in refused.err
     schema: Any = command("recipe", "schema").json()
     assert {"overrides", "expected"} <= schema["properties"].keys()
+
+
+def test_one_of_several_processes_prints_a_dry_run(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, prints in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        for json_too in ((), ("--json",)):
+            told = command("run", "--sparsity", "0.5", "--dry-run", *json_too)
+            assert (told.status, bool(told.out)) == (0, prints)
