@@ -224,7 +224,7 @@ class _Sources:
         if self._may_be_separate:
             validation = self.validation()
             if validation is not None:
-                return calibrating, validation
+                return calibrating, _with_note_on_overlap(calibrating, validation)
             note = f"{settings.data}: no split to evaluate on: the last tenth of what is read is held out"
             calibrating = replace(calibrating, notes=(*calibrating.notes, note))
         calibrating, validation = hold_out(calibrating)
@@ -251,18 +251,32 @@ class _Sources:
         role = "data" if settings.eval_data is None else "eval_data"
         if settings.eval_split is not None and not self._has_splits(role):
             raise UserError(f"{self._source(role)}: there are no splits in it: leave --eval-split out")
+        beside_calibration = role == "data" and not whole
         try:
-            return self._read(role, settings.eval_split or "validation", settings.eval_documents)
+            return self._read_evaluation(role, settings.eval_split or "validation", beside_calibration)
         except NoSplitError as error:
             if settings.eval_split is not None:
                 raise
-            if "test" in error.available:
-                return self._read(role, "test", settings.eval_documents)
-            if role == "data" and not whole:
+            if "test" in error.available and not (beside_calibration and len(error.available) == 1):
+                return self._read_evaluation(role, "test", beside_calibration)
+            if beside_calibration:
                 return None
             if len(error.available) != 1:
                 raise
             return self._read(role, error.available[0], settings.eval_documents)
+
+    def _read_evaluation(self, role: str, split: str, beside_calibration: bool) -> Corpus:
+        """The evaluation text from a split, which must not be that of a calibration text from the same source."""
+        one, other = self.settings.split, split
+        if self._source(role) == EMBEDDED:
+            one, other = (name if name == "train" else "validation" for name in (one, other))  # "test" is the same text
+        if beside_calibration and one == other:
+            also = "" if split == self.settings.split else f" (the same text as '{split}')"
+            raise UserError(
+                f"{self._source(role)}: the split '{self.settings.split}'{also} is the calibration text: evaluate on "
+                "another one with --eval-split, or on another text with --eval-data"
+            )
+        return self._read(role, split, self.settings.eval_documents)
 
     def _source(self, role: str) -> str | None:
         return self.settings.data if role == "data" else self.settings.eval_data
@@ -300,6 +314,18 @@ class _Sources:
         if source == PYTHON_OBJECT:
             raise UserError("the text was passed from Python: name one with --data")
         return read_corpus(source, **how)
+
+
+def _with_note_on_overlap(calibrating: Corpus, validation: Corpus) -> Corpus:
+    """The evaluation text, with a note if all of its documents are calibration documents, or the other way round.
+
+    A few equal documents, such as headings in lines of their own, are common in data sets.
+    """
+    calibration_documents, documents = set(calibrating.documents), set(validation.documents)
+    if not (documents <= calibration_documents or calibration_documents <= documents):
+        return validation
+    note = f"{validation.name}: the evaluation text contains the calibration text, or is contained in it"
+    return replace(validation, notes=(*validation.notes, note))
 
 
 def log_notes(*annotated: Corpus | LoadedModel) -> None:

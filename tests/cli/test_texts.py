@@ -265,6 +265,44 @@ def test_splits_say_what_calibrates_and_what_evaluates(loaded: Any, tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize(
+    "how", [{"split": "validation"}, {"split": "train", "eval_split": "train"}, {"split": "test", "eval_split": "test"}]
+)
+def test_the_split_of_the_calibration_text_is_not_evaluated_on(
+    loaded: Any, tmp_path: Path, text_file: Path, how: dict[str, Any]
+) -> None:
+    parts = {"train": slice(30), "validation": slice(30, 45), "test": slice(45, 60)}
+    source = saved_parts(tmp_path / "a", text_file, **parts)
+    for data in (source, "embedded"):
+        for further in ({}, {"eval_documents": 2}):
+            with pytest.raises(UserError, match=f"the split '{how['split']}' is the calibration text: evaluate on"):
+                Texts(TextSettings(data=data, samples=4, length=64, **how, **further), loaded)
+    other = TextSettings(data=source, samples=4, eval_data=source, **how)
+    assert any("contains the calibration text" in note for note in Texts(other, loaded).records()["evaluation"].notes)
+
+
+def test_the_only_split_test_is_held_out_from_and_both_of_the_embedded_text_are_one(
+    loaded: Any, tmp_path: Path, text_file: Path
+) -> None:
+    with pytest.raises(UserError, match=r"the split 'test' \(the same text as 'validation'\) is the calibration text"):
+        Texts(TextSettings(data="embedded", samples=4, length=64, split="test"), loaded)
+    no_validation = saved_parts(tmp_path / "b", text_file, train=slice(40), test=slice(50, 57))
+    with pytest.raises(UserError, match="evaluate on another one with --eval-split"):
+        Texts(TextSettings(data=no_validation, samples=4, split="test"), loaded)
+    alone = saved_parts(tmp_path / "c", text_file, test=slice(40))
+    records = Texts(TextSettings(data=alone, samples=4, split="test"), loaded).records()
+    assert (records["calibration"].documents, records["evaluation"].documents) == (36, 4)
+
+
+def test_a_note_says_that_the_evaluation_text_is_the_calibration_text(loaded: Any, text_file: Path) -> None:
+    def notes(**how: Any) -> tuple[str, ...]:
+        return Texts(TextSettings(data=str(text_file), samples=4, **how), loaded).records()["evaluation"].notes
+
+    assert notes() == ()
+    for how in ({}, {"documents": 20}, {"eval_documents": 20}):
+        assert any("contains the calibration text" in note for note in notes(eval_data=str(text_file), **how))
+
+
 def test_the_text_to_evaluate_on_may_have_other_columns(loaded: Any, rows: Path, text_file: Path) -> None:
     settings = TextSettings(
         data=str(rows), column="story", eval_data=str(text_file.with_name("stories.txt")), samples=4
