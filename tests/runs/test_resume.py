@@ -145,6 +145,41 @@ def test_a_kill_between_the_last_renames_loses_neither_the_old_nor_the_new(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("step", range(8))
+def test_an_interruption_of_the_clean_up_leaves_a_finished_run(
+    step: int, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the journal is deleted from the given step on."""
+    out, steps = tmp_path / "out", iter(range(100))
+    home = home_of(out)
+
+    def counted(delete: Any) -> Any:
+        def call(path: Path, *arguments: Any, **how: Any) -> Any:
+            if out.is_dir() and path.is_relative_to(home) and next(steps) >= step:
+                raise KeyboardInterrupt
+            return delete(path, *arguments, **how)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        patch.setattr(Path, "unlink", counted(Path.unlink))
+        patch.setattr(Path, "rmdir", counted(Path.rmdir))
+        with pytest.raises(KeyboardInterrupt):
+            prune(model_folder, out, text_file, method="wanda")
+    whole = fingerprints(out)
+    if step == 0:  # the journal is complete
+        prune(model_folder, out, text_file, method="wanda", resume=True)
+    else:
+        with pytest.raises(UserError, match=r"nothing to resume: .* is finished; leave --resume out"):
+            prune(model_folder, out, text_file, method="wanda", resume=True)
+        with pytest.raises(UserError, match="contains an earlier result"):
+            prune(model_folder, out, text_file, method="wanda")
+        prune(model_folder, out, text_file, method="wanda", overwrite=True)
+    assert fingerprints(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def broken_off(
     model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, **how: Any
 ) -> Path:
@@ -381,15 +416,16 @@ def test_killed_at_random_times_it_ends_in_the_same_files(
     seconds = time.perf_counter() - began
     draw = random.Random(f"{method} {stream}")
     kills = 0
-    while kills < 3 or home_of(out).is_dir():
-        process = begin(out, resume=(home_of(out) / "header").is_file())
+    header = home_of(out) / "header"
+    while kills < 3 or header.is_file() or not out.is_dir():
+        process = begin(out, resume=header.is_file())
         if kills < 3:
             process.join(draw.uniform(0, seconds))
             process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
         kills += process.exitcode != 0
-        if out.is_dir() and not home_of(out).is_dir():  # whole, whether the kill came after that or not at all
+        if out.is_dir() and not header.is_file():  # whole, whether the kill came after that or not at all
             assert fingerprints(out) == fingerprints(whole)
             if kills < 3:
                 shutil.rmtree(out)

@@ -235,15 +235,15 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
             `resume` is False.
     """
     home = home_of(out)
-    if resume and not home.is_dir():
-        finished = f"{out} is finished" if (absolute(out) / MANIFEST).is_file() else f"there is no {home}"
-        raise UserError(f"nothing to resume: {finished}; leave --resume out")
+    begun, finished = (home / _HEADER).is_file(), (absolute(out) / MANIFEST).is_file()
+    if resume and not begun and (finished or not home.is_dir()):
+        why = f"{out} is finished" if finished else f"there is no {home}"
+        raise UserError(f"nothing to resume: {why}; leave --resume out")
     # A run that was killed between its last rename and the deletion of its journal may replace its own output.
     overwrite = overwrite or (resume and _wrote(home, out))
     check_output(out, overwrite=overwrite)
     if home.is_symlink() or (home.exists() and not home.is_dir()):
         raise UserError(f"{home} is a file or a link, where a run keeps its journal: choose another output")
-    begun = (home / _HEADER).is_file()
     if home.is_dir() and not begun and not _only_ours(home):
         raise UserError(f"{home} was not written by admm-prune: choose another output")
     with ExitStack() as stack:
@@ -392,18 +392,19 @@ def _wrote(home: Path, out: Path) -> bool:
 
 
 def _remove(home: Path) -> None:
-    """Deletes a journal, the header and the lock last, so that a run killed meanwhile leaves a journal or nothing."""
+    """Deletes a journal: the header first, without which the rest is no unfinished run, and the lock last."""
+    (home / _HEADER).unlink(missing_ok=True)
     for path in home.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-    for name in (_HEADER, _LOCK):
-        (home / name).unlink(missing_ok=True)
+    (home / _LOCK).unlink(missing_ok=True)
     with suppress(OSError):
         home.rmdir()
 
 
 def _only_ours(home: Path) -> bool:
-    """Whether a folder without a header has only files of a journal, left by a run that was killed early."""
+    """Whether a folder without a header has only files of a journal, left by a run that was killed before it wrote
+    the header, or after it deleted it."""
     known = {*_FOLDERS, _LOCK, f"{_HEADER}.unfinished", "scratch", "model", "old"}
     return all(path.name in known for path in home.iterdir())
 
