@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from admm_prune.data.hub import expanded, is_repository
 from admm_prune.data.sources import EMBEDDED, PYTHON_OBJECT, SHORT_NAMES, is_file_name
 from admm_prune.models.evaluate import METRICS
+from admm_prune.runs.recipe_file import MODULE, objects_of
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -121,7 +122,7 @@ def _body(report: Report, recipe: str | None) -> Iterator[str]:
     settings, texts = report.manifest["settings"], report.manifest["texts"]
     model, structured = settings["model"], bool(report.details.get("units"))
     base = model if report.manifest["model_revision"] is None else f"[{model}](https://huggingface.co/{model})"
-    base = base if is_repository(model) else f"{_short(model)} (a local model)"
+    base = base if is_repository(model) else model if model.endswith(MODULE) else f"{_short(model)} (a local model)"
     yield f"# {_short(model)}, pruned to {report.label} by {report.method}\n"
     what = "removed with their rows or columns, which makes the model smaller" if structured else "zero"
     yield (
@@ -203,8 +204,16 @@ def _provenance(report: Report, recipe: str | None) -> Iterator[str]:
 ```yaml
 {recipe.rstrip()}
 ```
-
-To repeat the run, from a copy of this repository: `admm-prune run --recipe recipe.yaml --out repeated`."""
+"""
+        objects = objects_of(report.manifest["settings"])
+        if objects:
+            yield (
+                f"The run cannot be repeated from `recipe.yaml` alone: {', '.join(objects)} "
+                f"{'was an object' if len(objects) == 1 else 'were objects'} in Python."
+            )
+        else:
+            command = "admm-prune run --recipe recipe.yaml --out repeated"
+            yield f"To repeat the run, from a copy of this repository: `{command}`."
     yield (
         "`report.html` shows the layers. `admm-prune verify FOLDER` recomputes the figures from the files; "
         "`admm_prune.json` has the versions of all packages and the fingerprints of the files."
@@ -241,8 +250,8 @@ def _dataset(name: str) -> tuple[str | None, str | None]:
 
 
 def _short(name: str) -> str:
-    """The last component of a path or an id."""
-    return Path(name).name or name
+    """The last component of a path or an id; the class of a module."""
+    return Path(name).name.removesuffix(MODULE) or name
 
 
 def _version(report: Report) -> str:

@@ -37,7 +37,7 @@ from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, write_json
 from admm_prune.runs.journal.journal import SharedJournal, shared_journal
 from admm_prune.runs.machine import free_bytes, return_freed_memory
 from admm_prune.runs.manifest import Phases, manifest
-from admm_prune.runs.recipe_file import RECIPE, content_of
+from admm_prune.runs.recipe_file import MODULE, RECIPE, content_of
 from admm_prune.runs.recipe_file import written as written_recipe
 from admm_prune.runs.report import write_report
 from admm_prune.runs.resolved import PARTS, ResolvedRun, described_parts, recorded_tasks, resolved
@@ -138,7 +138,8 @@ def prune(settings: Settings) -> Report:
         # 3. Read the text; from here on the run can be described completely.
         with phases("reading the text"):
             texts = Texts(run.text, loaded, run.passed)
-        content = _recorded(settings, run, model=loaded.source, target=target, stream=streams)
+        model = loaded.source if isinstance(settings.model, str | Path) else f"{loaded.source}{MODULE}"
+        content = _recorded(settings, run, model=model, target=target, stream=streams)
         place = loaded.offloading.device(loaded.model)
         record = manifest(content, texts.records(run.recipe.samples), loaded.revision, place)
         if journal is not None:

@@ -16,18 +16,19 @@ if TYPE_CHECKING:
     from admm_prune.runs.recipe_schema import Recipe
 
 RECIPE = "recipe.yaml"
+MODULE = " (a PyTorch module)"  # in a manifest, after the class of a model that was passed as a module
 _PARTS = ("method", "solver", "problem", "constraint")
 
 
 def content_of(settings: dict[str, Any]) -> dict[str, Any]:
     """The content of a recipe, from the settings in the manifest of a run; settings with default values are left out.
 
-    Parts and texts that were passed as objects cannot be named in a file; they are described under "objects".
+    What was passed as an object cannot be named in a file; it is described under "objects".
     """
     target, selection = settings["target"], settings["selection"]
-    parts = {name: settings[name] for name in _PARTS if settings[name] is not None}
-    named = {name: part for name, part in parts.items() if re.fullmatch(r"[\w-]+", part)}
-    content: dict[str, Any] = {"model": settings["model"], **named}
+    objects = objects_of(settings)
+    named = {name: settings[name] for name in ("model", *_PARTS)}
+    content: dict[str, Any] = {k: value for k, value in named.items() if value is not None and k not in objects}
     if target["pattern"] is not None:
         content["pattern"] = "{}:{}".format(*target["pattern"])
     else:
@@ -36,16 +37,24 @@ def content_of(settings: dict[str, Any]) -> dict[str, Any]:
     if selection["overrides"]:
         content["overrides"] = {pattern: _plain(override) for pattern, override in selection["overrides"]}
     text = {name: settings["text"][name] for name in names_of(text=True) if settings["text"][name] is not None}
-    passed = {name: value for name, value in text.items() if value == PYTHON_OBJECT}
-    content["text"] = {name: value for name, value in text.items() if name not in passed}
+    content["text"] = {name: value for name, value in text.items() if name not in objects}
     others = {
         name: settings[name] for name in names_of(saved_in=("recipe",), text=False) if name in settings.keys() - content
     }
-    content |= {name: value for name, value in others.items() if _is_set(value) and name not in _PARTS}
-    objects = {name: part for name, part in parts.items() if name not in named} | passed
+    content |= {name: value for name, value in others.items() if _is_set(value) and name not in named}
     if objects:
         content["objects"] = objects
     return content
+
+
+def objects_of(settings: dict[str, Any]) -> dict[str, str]:
+    """Descriptions of the model, parts and texts that were passed to a run as objects, from its settings in the
+    manifest; a recipe file cannot contain them."""
+    parts = {name: settings[name] for name in _PARTS if settings[name] is not None}
+    objects = {name: part for name, part in parts.items() if not re.fullmatch(r"[\w-]+", part)}
+    if str(settings["model"]).endswith(MODULE):
+        objects["model"] = settings["model"]
+    return objects | {name: value for name, value in settings["text"].items() if value == PYTHON_OBJECT}
 
 
 def written(content: dict[str, Any]) -> str:

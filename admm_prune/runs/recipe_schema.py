@@ -53,7 +53,7 @@ class Recipe(_Strict):
     deviations: tuple[str, ...] = ()
     expected: Expected | None = None
     objects: dict[str, str] = Field(
-        default={}, description="Parts and texts that were objects in Python; such a run is not repeatable."
+        default={}, description="What was an object in Python; such a run cannot be repeated from the file."
     )
 
     @model_validator(mode="after")
@@ -70,12 +70,18 @@ class Recipe(_Strict):
         """What `prune` is to be called with.
 
         Raises:
-            UserError: a part of the run was an object in Python, or the model is another than the embedded one and no
-                text is named.
+            UserError: an argument of the run was an object in Python, or the model is not the embedded one and no text
+                is named.
         """
         if self.objects:
             parts = ", ".join(f"{name}={part}" for name, part in self.objects.items())
-            advice = "; name the text with --data" if self.objects.keys() <= {"data", "eval_data"} else ""
+            named = {
+                "data": "the text with --data",
+                "eval_data": "the text with --data",
+                "model": "the model with --model",
+            }
+            options = list(dict.fromkeys(named[name] for name in sorted(self.objects) if name in named))
+            advice = f"; name {' and '.join(options)}" if self.objects.keys() <= named.keys() else ""
             raise UserError(
                 f"this run was put together in Python, with {parts}: it cannot be repeated from a file{advice}"
             )
@@ -102,7 +108,7 @@ class Recipe(_Strict):
         dropped = of_data + of_evaluation if "data" in given else of_evaluation if "eval_data" in given else ()
         for name in dropped:
             text.pop(name, None)
-        replaced = {"data", "eval_data"} if "data" in given else {"eval_data"} & given.keys()
+        replaced = {*given, *(("eval_data",) if "data" in given else ())}
         content["objects"] = {name: part for name, part in content.get("objects", {}).items() if name not in replaced}
         for name, value in given.items():
             (text if name in texts else content)[name] = value

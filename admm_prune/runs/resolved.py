@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from admm_prune.errors import UserError, check_installed
 from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.base import Recipe, Ridge
@@ -102,6 +104,7 @@ def resolved(settings: Settings) -> ResolvedRun:
         raise UserError(
             f"tokenizer is for a model that is passed as a module; {model} has its own: leave tokenizer out"
         )
+    device = pick_device(settings.device) if isinstance(model, str | Path) else _device_of_module(settings)
     pruning = parsed(settings)
     passed, (source, eval_source) = passed_from_python(settings.data, settings.eval_data)
     text = settings.text(data=check_data(source, model), eval_data=eval_source)
@@ -109,7 +112,7 @@ def resolved(settings: Settings) -> ResolvedRun:
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
     if out is not None:
         check_apart(out, model, settings.data, settings.eval_data)
-    device, world = pick_device(settings.device), World.current()
+    world = World.current()
     tasks = tasks_of(settings, world)
     tracker = tracker_of(settings.log, out)
     return ResolvedRun(
@@ -140,6 +143,25 @@ def check_supported(settings: Settings, command: str, what: str, *, also: Collec
         supported = command in declared.commands.split() or name in also
         if not supported and getattr(settings, name) != declared.default:
             raise UserError(f"{what} takes no {name}: leave it out")
+
+
+def _device_of_module(settings: Settings) -> str:
+    """The device of a model that is passed as a module.
+
+    Raises:
+        UserError: the settings name another device, or a data type.
+    """
+    weight = next(settings.model.parameters(), None) if isinstance(settings.model, nn.Module) else None
+    if weight is None:  # reported when the model is checked
+        return pick_device(settings.device)
+    if settings.dtype is not None:
+        raise UserError("a model that is passed as a module keeps its data type: leave dtype out, or convert the model")
+    if settings.device not in ("auto", weight.device.type):
+        raise UserError(
+            f"a model that is passed as a module stays on its device, here {weight.device}: leave device out, or move "
+            "the model"
+        )
+    return str(weight.device)
 
 
 def described_parts(settings: Settings, names: Iterable[str]) -> dict[str, str | None]:

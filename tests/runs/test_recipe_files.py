@@ -16,6 +16,7 @@ import admm_prune
 from admm_prune import ADMM, RowWise
 from admm_prune.errors import UserError
 from admm_prune.methods.registry import recipe_named
+from admm_prune.models.loading import load
 from admm_prune.runs.recipe_file import packaged_names, read_packaged, read_recipe, written
 from admm_prune.runs.recipe_schema import RecipeFile, schema, validated
 
@@ -68,6 +69,24 @@ def test_a_run_with_parts_from_python_says_that_it_cannot_be_repeated(
     assert recipe.objects == {"solver": repr(ADMM.fast()), "constraint": "RowWise(sparsity=0.5, keep=None)"}
     with pytest.raises(UserError, match=r"put together in Python, with solver=ADMM\(.*: it cannot be repeated"):
         recipe.arguments()
+
+
+def test_a_run_of_a_module_says_that_it_cannot_be_repeated(tmp_path: Path, model_folder: Path, text_file: Path) -> None:
+    loaded, out = load(str(model_folder)), tmp_path / "out"
+    how: dict[str, Any] = {"method": "magnitude", "sparsity": 0.5, "samples": 4, "eval_samples": 2}
+    admm_prune.prune(loaded.model, tokenizer=loaded.tokenizer, data=str(text_file), out=out, **how)
+    recipe = read_recipe(out)
+    assert recipe.objects == {"model": "LlamaForCausalLM (a PyTorch module)"}
+    assert "model" not in yaml.safe_load((out / "recipe.yaml").read_text())
+    with pytest.raises(UserError, match=r"cannot be repeated from a file; name the model with --model"):
+        recipe.arguments()
+    assert recipe.with_options({"model": str(model_folder)}).arguments()["model"] == str(model_folder)
+    said = "The run cannot be repeated from {}recipe.yaml{} alone: model was an object in Python."
+    card, page = (out / "README.md").read_text(), (out / "report.html").read_text()
+    assert said.format("`", "`") in card
+    assert "# LlamaForCausalLM, pruned to" in card
+    assert said.format("", "") in page
+    assert "run --recipe" not in card + page
 
 
 def test_every_paper_is_packaged_with_its_protocol() -> None:

@@ -12,8 +12,11 @@ import torch
 
 import admm_prune
 from admm_prune import GramAccumulator, LayerReconstruction, TokenContext, UserError, load_report
+from admm_prune.models.loading import load
 from admm_prune.runs.evaluate import evaluate_tasks
 from admm_prune.runs.hub import push_to_hub
+from admm_prune.runs.resolved import resolved
+from admm_prune.settings import Settings
 
 
 class NoFinish:
@@ -92,6 +95,22 @@ def test_prune_refuses(
     assert reason in str(refused.value)
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_keeps_its_device_and_data_type(
+    model_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loaded = load(str(model_folder))
+    how: dict[str, Any] = {"tokenizer": loaded.tokenizer, "data": str(text_file), "sparsity": 0.5}
+    for wrong, reason in (
+        ({"dtype": "bfloat16"}, "keeps its data type: leave dtype out"),
+        ({"device": "cuda"}, "stays on its device, here cpu: leave device out"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            admm_prune.prune(loaded.model, **how, **wrong)
+    for device in ("auto", "cpu"):
+        assert resolved(Settings(loaded.model, device=device, **how)).device == "cpu", "whose memory is measured"
 
 
 def test_a_misspelt_argument_is_named_as_in_python() -> None:

@@ -18,7 +18,7 @@ from admm_prune.models.evaluate import METRICS, RANKING
 from admm_prune.runs.card import task_rows, tasks_compared
 from admm_prune.runs.claims import read_json, record_pages
 from admm_prune.runs.journal.folder import MANIFEST, TIMINGS, check_apart, check_output_file
-from admm_prune.runs.recipe_file import RECIPE
+from admm_prune.runs.recipe_file import RECIPE, objects_of
 from admm_prune.runs.report import content, plots
 from admm_prune.runs.report.content import Manifest, Weights, overlap
 
@@ -144,6 +144,7 @@ def _run(folder: Path, run: Manifest) -> str:
         layers=content.worst_first(layers),
         csv=f"data:text/csv;charset=utf-8,{quote(content.as_csv(layers))}",
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        objects=objects_of(run["settings"]) if recipe.is_file() else {},
         remote_code=_needs_code(folder),
         tasks=list(task_rows(run.get("tasks"))),
         device="CPU" if run["environment"]["device"] == "cpu" else run["environment"]["cuda"],
