@@ -202,11 +202,7 @@ class TextSettings:
         commands="run compare plan capture eval",
     )
     seed: int = _text(
-        0,
-        "Seed of all random choices, such as the draw of the sequences.",
-        least=0,
-        most=2**63 - 1,
-        commands="run reproduce compare capture eval",
+        0, "Seed of all random choices.", least=0, most=2**63 - 1, commands="run reproduce compare capture eval"
     )
 
     def __post_init__(self) -> None:
@@ -375,6 +371,7 @@ class Settings(TextSettings):
         "Device: auto, cpu or cuda.",
         python="A module that is passed stays on its device.",
         commands=f"{_COMMANDS} solve eval",
+        choices=("auto", "cpu", "cuda"),
         saved_in="recipe",
     )
     out: str | Path | None = _run(

@@ -108,7 +108,7 @@ def reproduce(
     protocol = read_packaged(name)
     recipe = protocol.with_options(given)
     if dry_run:
-        show_plan(recipe, machine["out"], json)
+        show_plan(recipe, machine, json)
         return
     report = carry_out(recipe.arguments(), **machine)
     if report is None:

@@ -51,7 +51,7 @@ def run(
         chosen = chosen.with_options({name: value for name, value in arguments.items() if name in given})
         arguments = chosen.arguments()
         if dry_run:
-            show_plan(chosen, machine["out"], json)
+            show_plan(chosen, machine, json)
             return
     report = carry_out(arguments, **machine)
     if report is not None:
@@ -65,8 +65,9 @@ def recipe_and_machine(options: dict[str, Any]) -> tuple[dict[str, Any], dict[st
     return recipe, {name: value for name, value in options.items() if name not in recipe}
 
 
-def show_plan(recipe: Recipe, out: Path | None, json: bool) -> None:
-    """Prints the recipe that would be run, and where it would go; nothing is loaded.
+def show_plan(recipe: Recipe, machine: dict[str, Any], json: bool) -> None:
+    """Prints the recipe that would be run, and where it would go; nothing is loaded. Of several processes the first
+    one prints.
 
     Raises:
         UserError: it cannot be run.
@@ -75,10 +76,11 @@ def show_plan(recipe: Recipe, out: Path | None, json: bool) -> None:
     from admm_prune.runs.recipe_file import written
     from admm_prune.runs.resolved import parsed
 
-    parsed(settings.Settings(**recipe.arguments()))  # raises where it cannot be run
-    content = recipe.as_content()
-    if started()[0] > 0:  # of several processes the first prints
+    parsed(settings.Settings(**recipe.arguments(), **machine))  # raises where it cannot be run
+    rank, _ = started()
+    if rank != 0:
         return
+    content, out = recipe.as_content(), machine["out"]
     if json:
         common.emit({"recipe": content, "out": None if out is None else str(out)})
         return

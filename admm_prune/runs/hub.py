@@ -95,6 +95,8 @@ def _files(folder: Path) -> Iterator[Path]:
     if manifest is None:
         raise UserError(f"{folder} was written neither by 'admm-prune run' nor by 'admm-prune pack'")
     content = read_json(manifest)
+    if manifest.name == MANIFEST and not (isinstance(content, dict) and "settings" in content):
+        raise UserError(f"{folder} was written neither by 'admm-prune run' nor by 'admm-prune pack'")
     if isinstance(content, dict) and "rows" in content:
         raise UserError(f"{folder} is a comparison: push one of its models, such as {folder}/models/...")
     for path in sorted(folder.rglob("*")):

@@ -22,7 +22,6 @@ from admm_prune.errors import UserError
 from admm_prune.models.parallel import LOST, LostProcessError, World
 from admm_prune.settings import Settings, options
 
-_DEVICES = ("auto", "cpu", "cuda")
 _MIB = 2**20
 _GROUP = Path("/sys/fs/cgroup")  # the control group of the container
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
@@ -36,8 +35,7 @@ def pick_device(name: str) -> str:
     Raises:
         UserError: there is no such device.
     """
-    if name not in _DEVICES:
-        raise UserError(f"device must be auto, cpu or cuda, not '{name}'")
+    options(Settings)["device"].check("device", name)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

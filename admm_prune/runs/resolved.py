@@ -77,6 +77,7 @@ def parsed(settings: Settings) -> ParsedSettings:
         UserError: a setting cannot be used, alone or with the others.
     """
     check_one_set(settings.constraint, settings.pattern)
+    _check_tasks(settings)
     joint = Joint.of(settings.coordinate, settings.refit)
     names = ("steps", "distillation", *PARTS)
     given: dict[str, Any] = {name: getattr(settings, name) for name in names}
@@ -176,17 +177,27 @@ def tasks_of(settings: Settings, world: World = ALONE) -> Tasks | None:
     Raises:
         UserError: as `Tasks`; an option of tasks without tasks, or several processes.
     """
-    names = task_names(settings.tasks)
+    names = _check_tasks(settings)
     if not names:
-        if isinstance(settings.tasks, str) or settings.tasks:  # an empty string, or blanks and commas alone
-            raise UserError("name at least one task, such as piqa,arc_easy")
-        unused = [name for name in ("task_folder", "shots", "task_limit") if getattr(settings, name) is not None]
-        if unused:
-            raise UserError(f"{unused[0]} is of tasks: name them with tasks")
         return None
     if world.size > 1:
         raise UserError("tasks are evaluated by one process: evaluate them afterwards, with 'admm-prune eval --tasks'")
     return Tasks(names, folder=settings.task_folder, shots=settings.shots, limit=settings.task_limit)
+
+
+def _check_tasks(settings: Settings) -> tuple[str, ...]:
+    """The names of the tasks, without loading them.
+
+    Raises:
+        UserError: no name is given, or an option of tasks without tasks.
+    """
+    names = task_names(settings.tasks)
+    if not names and (isinstance(settings.tasks, str) or settings.tasks):  # an empty string, or blanks and commas alone
+        raise UserError("name at least one task, such as piqa,arc_easy")
+    unused = [name for name in ("task_folder", "shots", "task_limit") if getattr(settings, name) is not None]
+    if not names and unused:
+        raise UserError(f"{unused[0]} is of tasks: name them with tasks")
+    return names
 
 
 def recorded_tasks(settings: Settings, tasks: Tasks | None) -> dict[str, Any]:

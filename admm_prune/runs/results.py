@@ -15,10 +15,9 @@ from admm_prune.methods.base import LayerReport, TextUse
 from admm_prune.models.evaluate import METRICS, RANKING, Evaluation
 from admm_prune.runs.claims import DIGEST
 from admm_prune.runs.hub import push_to_hub
-from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.manifest import Phase
 from admm_prune.runs.report.content import label_of, mean_error, place_of
-from admm_prune.runs.report.pages import REPORT, read_run
+from admm_prune.runs.report.pages import REPORT, of_this_release, read_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -197,7 +196,7 @@ def load_report(folder: str | Path) -> Report:
         raise UserError(f"{folder} is a comparison: load one of its models, such as {folder}/models/...")
     times = content.pop("timings")
     content.pop(DIGEST, None)
-    try:
+    with of_this_release(place):
         fields: dict[str, Any] = {name: content.pop(name) for name in _CONTENT}
         seconds = {layer["name"]: times["layers"].get(layer["name"], 0.0) for layer in fields["layers"]}
         layers = [LayerReport.from_json({**layer, "seconds": seconds[layer["name"]]}) for layer in fields["layers"]]
@@ -210,10 +209,6 @@ def load_report(folder: str | Path) -> Report:
             phases=tuple(Phase(**phase) for phase in times["phases"]),
             out=place,
         )
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{place / MANIFEST} is not a manifest of this release ({type(error).__name__}: {error})"
-        ) from error
 
 
 def _evaluation(content: Mapping[str, Any]) -> Evaluation:

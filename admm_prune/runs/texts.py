@@ -224,7 +224,7 @@ class _Sources:
         if self._may_be_separate:
             validation = self.validation()
             if validation is not None:
-                return calibrating, _with_note_on_overlap(calibrating, validation)
+                return _with_note_on_overlap(calibrating, validation), validation
             note = f"{settings.data}: no split to evaluate on: the last tenth of what is read is held out"
             calibrating = replace(calibrating, notes=(*calibrating.notes, note))
         calibrating, validation = hold_out(calibrating)
@@ -317,15 +317,16 @@ class _Sources:
 
 
 def _with_note_on_overlap(calibrating: Corpus, validation: Corpus) -> Corpus:
-    """The evaluation text, with a note if all of its documents are calibration documents, or the other way round.
+    """The calibration text, with a note if all of its documents are evaluation documents, or the other way round.
 
-    A few equal documents, such as headings in lines of their own, are common in data sets.
+    The evaluation text has no such note, so that it can be read again without the calibration text. A few equal
+    documents, such as headings in lines of their own, are common in data sets.
     """
     calibration_documents, documents = set(calibrating.documents), set(validation.documents)
     if not (documents <= calibration_documents or calibration_documents <= documents):
-        return validation
-    note = f"{validation.name}: the evaluation text contains the calibration text, or is contained in it"
-    return replace(validation, notes=(*validation.notes, note))
+        return calibrating
+    note = f"{calibrating.name}: the calibration text contains the evaluation text, or is contained in it"
+    return replace(calibrating, notes=(*calibrating.notes, note))
 
 
 def log_notes(*annotated: Corpus | LoadedModel) -> None:

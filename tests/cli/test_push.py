@@ -119,19 +119,29 @@ def test_no_answer_and_offline_are_one_line(
 
 def _comparison(place: Path) -> Path:
     place.mkdir()
-    (place / "admm_prune.json").write_text('{"rows": []}')
+    (place / "admm_prune.json").write_text('{"rows": [], "settings": {}}')
+    return place
+
+
+def _benchmark(place: Path) -> Path:
+    place.mkdir()
+    (place / "admm_prune.json").write_text('{"rows": [], "environment": {}}')
     return place
 
 
 def _linked(place: Path) -> Path:
     place.mkdir()
-    (place / "admm_prune.json").write_text("{}")
+    (place / "admm_prune.json").write_text('{"settings": {}}')
     (place / "secret").symlink_to("/etc/hostname")
     return place
 
 
 WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "none": (lambda place: place / "none", "there is no such folder"),
+    "benchmark": (
+        lambda place: _benchmark(place / "bench"),
+        "was written neither by 'admm-prune run' nor by 'admm-prune pack'",
+    ),
     "foreign": (lambda place: place, "was written neither by 'admm-prune run' nor by 'admm-prune pack'"),
     "comparison": (lambda place: _comparison(place / "compared"), "is a comparison: push one of its models"),
     "link": (lambda place: _linked(place / "linked"), "is a link: only files are pushed"),

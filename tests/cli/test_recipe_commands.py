@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from admm_prune.cli.run import show_plan
 from admm_prune.runs import recipe_file
 from admm_prune.runs.recipe_file import packaged_names, read_packaged
 from admm_prune.runs.recipe_schema import Expected, validated
@@ -150,6 +151,17 @@ def test_a_run_is_repeated_from_its_folder_and_options_go_before(
     assert not (place / "none").exists()
 
 
+def test_of_several_processes_the_first_prints_what_would_be_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        for json_ in (False, True):
+            show_plan(read_packaged("embedded"), {"out": None}, json_)
+            assert bool(capsys.readouterr().out) == (rank == "0")
+
+
 def test_recipes_are_listed_shown_and_checked(command: Command, place: Path) -> None:
     listed = command("recipe", "list", "--json").json()["recipes"]
     assert set(listed) == set(packaged_names())
@@ -178,6 +190,10 @@ def test_recipes_are_listed_shown_and_checked(command: Command, place: Path) -> 
         ("method: wanda\nsteps: 8\nsparsity: 0.5", "wanda does not train: --steps is for"),
         ("constraint: row-wise\npattern: '2:4'", "the pattern 2:4 is a sparse set of its own"),
         ("allocation: owll\nsparsity: 0.5", "did you mean 'owl'?"),
+        ("device: gpu\nsparsity: 0.5", "device: input should be 'auto', 'cpu' or 'cuda'"),
+        ("shots: 5\nsparsity: 0.5", "shots is of tasks: name them with tasks"),
+        ("task_limit: 5\nsparsity: 0.5", "task_limit is of tasks: name them with tasks"),
+        ("tasks: [' ']\nsparsity: 0.5", "name at least one task"),
     ):
         (place / "mine.yaml").write_text(f"model: embedded\n{wrong}\n")
         for words in (("recipe", "check", "mine.yaml"), ("run", "--recipe", "mine.yaml", "--dry-run")):

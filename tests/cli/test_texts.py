@@ -278,7 +278,7 @@ def test_the_split_of_the_calibration_text_is_not_evaluated_on(
             with pytest.raises(UserError, match=f"the split '{how['split']}' is the calibration text: evaluate on"):
                 Texts(TextSettings(data=data, samples=4, length=64, **how, **further), loaded)
     other = TextSettings(data=source, samples=4, eval_data=source, **how)
-    assert any("contains the calibration text" in note for note in Texts(other, loaded).records()["evaluation"].notes)
+    assert any("contains the evaluation text" in note for note in Texts(other, loaded).records()["calibration"].notes)
 
 
 def test_the_only_split_test_is_held_out_from_and_both_of_the_embedded_text_are_one(
@@ -296,11 +296,11 @@ def test_the_only_split_test_is_held_out_from_and_both_of_the_embedded_text_are_
 
 def test_a_note_says_that_the_evaluation_text_is_the_calibration_text(loaded: Any, text_file: Path) -> None:
     def notes(**how: Any) -> tuple[str, ...]:
-        return Texts(TextSettings(data=str(text_file), samples=4, **how), loaded).records()["evaluation"].notes
+        return Texts(TextSettings(data=str(text_file), samples=4, **how), loaded).records()["calibration"].notes
 
     assert notes() == ()
     for how in ({}, {"documents": 20}, {"eval_documents": 20}):
-        assert any("contains the calibration text" in note for note in notes(eval_data=str(text_file), **how))
+        assert any("contains the evaluation text" in note for note in notes(eval_data=str(text_file), **how))
 
 
 def test_the_text_to_evaluate_on_may_have_other_columns(loaded: Any, rows: Path, text_file: Path) -> None:

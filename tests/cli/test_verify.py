@@ -274,6 +274,6 @@ def test_wrong_input(command: Command, place: Path, layer_file: Path, pruned: Pa
         assert outcome.err.count("\n") == 1
         assert reason in outcome.err
     (pruned / "admm_prune.json").write_text("{}")
-    assert "is not a manifest of this release" in command("verify", pruned).err
+    assert "is not a manifest of 'admm-prune run' or" in command("verify", pruned).err
     (pruned / "admm_prune.json").write_text("{")
     assert "is not JSON" in command("verify", pruned).err

@@ -71,6 +71,9 @@ CASES = [
     ("plan --model MODEL --pattern 2:4 --constraint row-wise", "the pattern 2:4 is a sparse set of its own"),
     ("plan --model MODEL --sparsity 0.5 --memory inf", "'--memory'"),
     ("run --dry-run --method wanda --steps 8 --sparsity 0.5", "wanda does not train: --steps is for"),
+    ("run --dry-run --sparsity 0.5 --device gpu", "device"),
+    ("run --dry-run --sparsity 0.5 --shots 3", "shots is of tasks: name them with tasks"),
+    ("run --dry-run --sparsity 0.5 --activation-memory -1", "'--activation-memory'"),
     ("run --dry-run --constraint row-wise --pattern 2:4", "the pattern 2:4 is a sparse set of its own"),
     # patterns for modules
     (f"{RUN} --targets q_prj", "matches 'q_prj' (did you mean 'q_proj'?): 'admm-prune list modules --model MODEL'"),

@@ -294,6 +294,24 @@ def test_the_difference_of_two_runs(runs: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_reported_is_refused(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a finished run"):
         write_report(tmp_path)
+    foreign = Path(shutil.copytree(runs / "wanda", tmp_path / "foreign"))
+    manifest = manifest_of(foreign)
+    benchmark = {"rows": [{"name": "a"}], "environment": {}}
+    for written, reason in (
+        (benchmark, "is not a manifest of 'admm-prune run' or 'admm-prune compare'"),
+        ({**manifest, **benchmark}, "is not a manifest of this release"),
+        ({name: value for name, value in manifest.items() if name != "text_use"}, "is not a manifest of this release"),
+        ({name: value for name, value in manifest.items() if name != "continuation"}, "is not a manifest of this rele"),
+        ({**manifest, "layers": [{"name": "x"}]}, "is not a manifest of this release"),
+        ({**manifest, "environment": {}}, "is not a manifest of this release"),
+    ):
+        (foreign / "admm_prune.json").write_text(json.dumps(written))
+        with pytest.raises(UserError, match=reason) as refused:
+            write_report(foreign)
+        assert "\n" not in str(refused.value)
+    (foreign / "admm_prune.json").write_text(json.dumps({**manifest, "layers": [{"name": "x"}]}))
+    with pytest.raises(UserError, match="is not a manifest of this release"):
+        write_difference(runs / "wanda", foreign, tmp_path / "page.html")
     (tmp_path / "mine.html").write_text("<p>my notes</p>")
     with pytest.raises(UserError, match="not written by admm-prune"):
         write_difference(runs / "wanda", runs / "admm", tmp_path / "mine.html")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -39,7 +40,8 @@ def write_report(folder: Path) -> Path:
     """
     _check_not_packed(folder)
     manifest = read_manifest(folder)
-    page = _comparison(folder, manifest) if "rows" in manifest else _run(folder, read_run(folder))
+    with of_this_release(folder):
+        page = _comparison(folder, manifest) if "rows" in manifest else _run(folder, read_run(folder))
     path = folder / REPORT
     with writing(path):
         path.write_text(page, encoding="utf-8")
@@ -66,22 +68,23 @@ def write_difference(first: Path, second: Path, out: Path, *, overwrite: bool = 
             raise UserError(f"{folder} is a comparison: name two of its models, such as {folder}/models/...")
     check_output_file(out, overwrite=overwrite, ours=_is_page)
     check_apart(out, first / REPORT, second / REPORT)
-    names = dict.fromkeys(layer["name"] for run in (a, b) for layer in run["layers"])
-    common = overlap(Weights(first, a["layers"]), Weights(second, b["layers"]), names)
-    errors, sparsities = (content.layers_of(a, b, field) for field in ("relative_error", "sparsity"))
-    figures = content.figures_of(a, b)
-    same_text = a["texts"]["evaluation"]["token_hash"] == b["texts"]["evaluation"]["token_hash"]
-    page = _rendered(
-        "difference.html.j2",
-        a=a,
-        b=b,
-        same_text=same_text,
-        figures=figures,
-        ratios=plots.error_ratios(a["layers"], b["layers"]),
-        layers=[(e, s, common.get(e.name)) for e, s in zip(errors, sparsities, strict=True)],
-        unlike=content.unlike(a, b),
-        advised=[(name, run, content.advice_of(run["layers"])) for name, run in (("A", a), ("B", b))],
-    )
+    with of_this_release(first, second):
+        names = dict.fromkeys(layer["name"] for run in (a, b) for layer in run["layers"])
+        common = overlap(Weights(first, a["layers"]), Weights(second, b["layers"]), names)
+        errors, sparsities = (content.layers_of(a, b, field) for field in ("relative_error", "sparsity"))
+        figures = content.figures_of(a, b)
+        same_text = a["texts"]["evaluation"]["token_hash"] == b["texts"]["evaluation"]["token_hash"]
+        page = _rendered(
+            "difference.html.j2",
+            a=a,
+            b=b,
+            same_text=same_text,
+            figures=figures,
+            ratios=plots.error_ratios(a["layers"], b["layers"]),
+            layers=[(e, s, common.get(e.name)) for e, s in zip(errors, sparsities, strict=True)],
+            unlike=content.unlike(a, b),
+            advised=[(name, run, content.advice_of(run["layers"])) for name, run in (("A", a), ("B", b))],
+        )
     with writing(out):
         out.write_text(page, encoding="utf-8")
     return {
@@ -102,9 +105,25 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"{folder} is not a finished run: it has no {MANIFEST}")
     manifest = read_json(path)
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path} is not a manifest")
+    if not isinstance(manifest, dict) or not {"settings", "texts"} & manifest.keys():  # such as that of a benchmark
+        raise UserError(f"{path} is not a manifest of 'admm-prune run' or 'admm-prune compare'")
     return manifest
+
+
+@contextmanager
+def of_this_release(*folders: Path) -> Generator[None]:
+    """Context in which the content of the manifests of these folders is used.
+
+    Raises:
+        UserError: a field is missing or of another type, as in a manifest of another release.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        named = " or ".join(str(folder / MANIFEST) for folder in folders)
+        raise UserError(f"{named} is not a manifest of this release ({type(error).__name__}: {error})") from error
 
 
 def read_run(folder: Path) -> Manifest:
@@ -246,4 +265,9 @@ def _environment() -> Any:
 
 
 def _rendered(template: str, **values: Any) -> str:
-    return str(_environment().get_template(template).render(**values, metrics=METRICS))
+    from jinja2 import UndefinedError
+
+    try:
+        return str(_environment().get_template(template).render(**values, metrics=METRICS))
+    except UndefinedError as error:  # of a field that a manifest does not have
+        raise LookupError(str(error)) from error
