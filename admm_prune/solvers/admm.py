@@ -35,7 +35,7 @@ class ADMM(Iterative[ADMMState]):
 
     Args:
         penalty: the schedule of rho.
-        relaxation: a, from 1 (as in textbooks) to below 2. Values above 1 save iterations, but the support only becomes
+        relaxation: a, between 0 and 2, 1 as in textbooks. Values above 1 save iterations, but the support only becomes
             stable at a higher final penalty: with a = 1.5 it cycles on real layers at 0.65, which suffices on synthetic
             ones.
         ramp: the schedule of the sparsity, to prune gradually; None prunes to the target from the start.

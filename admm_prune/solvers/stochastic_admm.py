@@ -56,7 +56,7 @@ class StochasticADMM(Iterative[_Training]):
         freeze: the fraction of the run, at its end, with a frozen support.
         anchor: how z and u are stored: see `Anchors`.
         moments: how Adam's moments are stored: see `Moments`.
-        tolerance: stop where, after a dual update, |x - z| / |x| and |z - z_before| / |z| are both below it; 0 never.
+        tolerance: stop where, after a dual update, |x - z| / |z| and |z - z_before| / |z| are both below it; 0 never.
         seed: of stochastic rounding.
     """
 
@@ -110,7 +110,7 @@ class StochasticADMM(Iterative[_Training]):
         update = history[-1]
         return Progress(
             iteration,
-            primal_residual=update.primal_residual,
+            primal_residual=update.residual_of_solution,
             dual_residual=update.dual_residual,
             rho=update.rho,
             support_changes=update.support_changes,

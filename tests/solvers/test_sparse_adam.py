@@ -299,6 +299,7 @@ def test_an_infinite_penalty_is_gradual_pruning(target) -> None:
                 zero = p.detach() == 0
                 assert not bool((gone[name] & ~zero).any())
                 gone[name] = zero
+                assert optimizer.state[p]["kept"] == int(optimizer.masks()[name].sum())
         if step == 24 and "pattern" not in target:  # the update after step 24, of 45 before the freeze
             ramp = 0.8 * (1 - (1 - 24 / 45) ** 3)
             pruned = [gone[name] for name in optimizer.masks()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.problems.surrogate_free import SurrogateFree, epoch_order
 from admm_prune.result import Status
 from admm_prune.solvers.admm import ADMM
+from admm_prune.solvers.elsa.duals import DualUpdate, WeightUpdate
 from admm_prune.solvers.reference import BruteForce
 from admm_prune.solvers.stochastic_admm import StochasticADMM
 from admm_prune.testing import assert_problem_conforms, assert_solver_conforms
@@ -201,6 +203,18 @@ def test_on_a_separable_problem_the_residuals_fall_and_the_optimum_is_near(seed:
     assert updates[-1].primal_residual < 0.2 * max(p.primal_residual for p in updates)
     assert updates[-1].dual_residual < 0.2 * max(p.dual_residual for p in updates)
     assert problem.optimum() <= result.objective <= 1.15 * problem.optimum()
+
+
+def test_the_residual_is_relative_to_the_solution_as_of_every_solver() -> None:
+    """Where everything is pruned, to the smallest denominator."""
+    update = dict.fromkeys(("u", "dual", "pull", "quantization", "anchor"), 0.0)
+    counts = {"entered": 0, "support_size": 1, "entries": 4, "threshold": 0.0, "threshold_before": None}
+    one = WeightUpdate(x=2.0, z=1.0, primal=0.5, rho=1.0, rho_next=1.0, tau=1.0, **update, **counts)
+    whole = DualUpdate(step=1, gradient_norm=0.0, skipped=0, weights={"a": one, "b": one})
+    assert whole.residual_of_solution == pytest.approx(0.5)
+    assert whole.primal_residual == pytest.approx(0.25)
+    none = DualUpdate(step=1, gradient_norm=0.0, skipped=0, weights={"a": replace(one, z=0.0)})
+    assert 1 < none.residual_of_solution < math.inf
 
 
 def test_it_stops_where_both_residuals_are_small() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -30,6 +30,7 @@ _BALANCE_STEP, _BALANCE_LIMIT = 2.0, 1e3  # balancing keeps rho within a factor 
 _SMOOTHING = 0.9  # of the mean squared gradient that scales a relative penalty
 _DRAW, _PULL_DRAW = 1, 2  # distinguish these random numbers from those of the moments, and from each other
 _NORMS = ("x", "z", "u", "primal", "dual", "pull", "quantization", "anchor")  # of a record, in the order of `_update`
+_LEAST_NORM = 1e-30  # a denominator is never smaller
 _CHOSEN = 1e3  # added to magnitudes below 1, so that the entries of a given mask come first
 
 
@@ -113,6 +114,11 @@ class DualUpdate:
     def primal_residual(self) -> float:
         """|x - z| / |x|."""
         return _ratio(self._norm("primal"), self._norm("x"))
+
+    @property
+    def residual_of_solution(self) -> float:
+        """|x - z| / |z|, the primal residual of `Progress`."""
+        return self._norm("primal") / max(self._norm("z"), _LEAST_NORM)
 
     @property
     def dual_residual(self) -> float:
@@ -234,11 +240,7 @@ class Splitting:
     def set_masks(self, weights: Sequence[Weight], masks: Mapping[str, Tensor]) -> None:
         """M <- given masks, of all rows, or sharded as the weights are."""
         selected = [local_shard(one.parameter, masks[one.name]).to(one.shard.device) for one in weights]
-        counts = torch.stack([torch.count_nonzero(mask)[None] for mask in selected])
-        sizes = totals([weight.parameter for weight in weights], counts)[:, 0].tolist()
-        for weight, mask, size in zip(weights, selected, sizes, strict=True):
-            weight.state["kept"] = size
-            weight.set_mask(mask)
+        _set_masks(zip(weights, selected, strict=True))
 
     def restart(self, weights: Sequence[Weight], solution: Mapping[str, Tensor], step: int) -> None:
         """z <- a given point, of all rows, or sharded as the weights are, whose support has been set, and u <- 0."""
@@ -387,8 +389,7 @@ class Splitting:
             x = weight.shard.to(working_dtype(weight.parameter.dtype), copy=True)
             return scores_of(weight, x, self.score, self._fisher(weight))
 
-        for weight, mask, _ in self.support.select(weights, score, fraction):
-            weight.set_mask(mask)
+        _set_masks((weight, mask) for weight, mask, _ in self.support.select(weights, score, fraction))
 
     def _chance(self, weight: Weight, step: int) -> torch.Generator:
         return generator(weight.parameter, self.seed, step, weight.index, _DRAW)
@@ -436,6 +437,20 @@ class Splitting:
         if self.score.fisher == "clean":
             return local(weight.state["fisher"])
         return self.moments.second(weight.parameter, weight.state)
+
+
+def _set_masks(selected: Iterable[tuple[Weight, Tensor]]) -> None:
+    """M <- the local shards of masks, one weight after the other, and how many entries they keep on all processes."""
+    parameters, states, counts = [], [], []
+    for weight, mask in selected:
+        weight.set_mask(mask)
+        parameters.append(weight.parameter)
+        states.append(weight.state)
+        counts.append(torch.count_nonzero(mask)[None])
+    if not counts:
+        return
+    for state, size in zip(states, totals(parameters, torch.stack(counts))[:, 0].tolist(), strict=True):
+        state["kept"] = int(size)
 
 
 def _square(x: Tensor) -> Tensor:
