@@ -15,11 +15,10 @@ from admm_prune.ops import quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Constraint, Problem
 from admm_prune.problems.closing import Closing
-from admm_prune.problems.constraints import Product, SparseSet, Unstructured
+from admm_prune.problems.constraints import FREE, Product, SparseSet
 from admm_prune.problems.layer import AllReduce, LayerReconstruction, single_process
 from admm_prune.statistics import GramAccumulator, TargetAccumulator
 
-FREE = Unstructured(0.0)  # holds every point
 _MIXED_ENTRIES = 1 << 26  # of the mixed inputs of all heads that are in memory at once: fewer tokens are sampled
 _LEAST_SENSITIVITY = 1e-6  # of a row of the value projection, relative to the mean
 

@@ -13,11 +13,9 @@ from torch import Tensor
 from admm_prune.ops.activations import Activation, pre_activation
 from admm_prune.point import Point
 from admm_prune.problem import Constraint, Problem
-from admm_prune.problems.constraints import Product, SparseSet, Unstructured
+from admm_prune.problems.constraints import FREE, Product, SparseSet
 from admm_prune.problems.layer import AllReduce, LayerReconstruction, single_process
 from admm_prune.statistics import GramAccumulator, TargetAccumulator
-
-FREE = Unstructured(0.0)  # holds every point
 
 
 @dataclass(frozen=True)

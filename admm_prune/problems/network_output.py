@@ -13,8 +13,8 @@ from admm_prune.ops import quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Constraint, Problem
 from admm_prune.problems.closing import Closing
-from admm_prune.problems.constraints import Product, SparseSet, StackedRows
-from admm_prune.problems.feed_forward import EVEN, FREE, FeedForward, GatedFeedForward, Network, Penalties, correction
+from admm_prune.problems.constraints import FREE, Product, SparseSet, StackedRows
+from admm_prune.problems.feed_forward import EVEN, FeedForward, GatedFeedForward, Network, Penalties, correction
 from admm_prune.problems.layer import LayerReconstruction, Share
 from admm_prune.statistics import GramAccumulator, TargetAccumulator, pieces
 

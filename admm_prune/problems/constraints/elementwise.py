@@ -158,3 +158,6 @@ class NofM(SparseSet):
         if width % self.m:
             raise ValueError(f"pattern {self.n}:{self.m} needs a width that {self.m} divides, not {width}")
         return x
+
+
+FREE = Unstructured(0.0)  # holds every point

@@ -23,15 +23,12 @@ from admm_prune.ops import precision
 from admm_prune.solvers.reference.block_relaxation import Partition, maximize_block_dual, most_gained, padded_inverses
 from admm_prune.solvers.reference.bounds import Bound
 from admm_prune.solvers.reference.cells import Cells, cells_of
-from admm_prune.solvers.reference.dual import semidefinite
-from admm_prune.solvers.reference.rigorous import UNIT, Array, gamma, total_bound
+from admm_prune.solvers.reference.dual import LEAST_EIGENVALUE, STEPS_BACK, semidefinite
+from admm_prune.solvers.reference.rigorous import UNDERFLOW, UNIT, Array, gamma, total_bound
 from admm_prune.solvers.reference.rows import floor_of, quadratic, scaled_hessian, to_array
 
 KIND = "block-diagonal dual"
 MOST_SUPPORTS = 1296  # of a block, by default: four groups of 2:4
-_STEPS_BACK = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)  # of the diagonal of A, where D is a little too large
-_LEAST = 1e-10  # of a unit diagonal: a smaller eigenvalue leaves no D worth a bound
-_UNDERFLOW = 1e-290  # more than the products of one entry lose by underflow
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +67,8 @@ def block_bound(
     Args:
         candidate: a Quadratic problem.
         objective: the value of a feasible point, to compare with.
-        width: columns of a block, at most; fewer where this does not divide the layer or gives too many supports.
+        width: columns of a block, at most, but at least one group or tile; fewer where this does not divide the layer
+            or gives too many supports.
         rounds: matrices D that are tried.
         iterations: of the ascent, for each of three smoothings.
 
@@ -80,8 +78,8 @@ def block_bound(
 
     Raises:
         TypeError: the problem is not Quadratic, or its constraint no SupportConstraint.
-        ValueError: supports of an unknown kind or of several, a Hessian that is not positive definite, or options out
-            of range.
+        ValueError: supports of an unknown kind or of several, groups of more than `MOST_SUPPORTS` supports, a Hessian
+            that is not positive definite, or options out of range.
 
     Source: `maximize_block_dual`; on diagonals, Frangioni and Gentile, SDP diagonalizations and perspective cuts, 2007.
     """
@@ -117,7 +115,8 @@ def block_bound(
 
 
 def partition_of(hessian: Tensor, cells: Cells, width: int) -> Partition:
-    """Blocks of at most `width` columns and `MOST_SUPPORTS` supports, of columns that A couples strongly."""
+    """Blocks of at most `MOST_SUPPORTS` supports and `width` columns, or one group or tile, of columns that A couples
+    strongly."""
     size = cells.shape[1]
     patterned = cells.by_row and cells.group < size
     unit = cells.group if patterned else cells.tile[1]
@@ -127,6 +126,11 @@ def partition_of(hessian: Tensor, cells: Cells, width: int) -> Partition:
             raise ValueError("block_bound knows one pattern N:M, not several")
         options = math.comb(unit, int(cells.keep[0]))
     fitting = [k for k in range(1, max(1, width // unit) + 1) if size % (unit * k) == 0 and options**k <= MOST_SUPPORTS]
+    if options > MOST_SUPPORTS:
+        raise ValueError(
+            f"block_bound lists at most {MOST_SUPPORTS} supports of a block; a group of {int(cells.keep[0])}:{unit} "
+            f"has {options}: use dual_bound"
+        )
     together = max(fitting, default=1)
     groups = torch.arange(size).view(-1, unit)
     columns = groups[coupled(hessian, unit, together)].flatten(1)
@@ -176,7 +180,7 @@ def _proved(
     count, size = partition.columns.shape
     nothing = torch.zeros(count, size, size, dtype=hessian.dtype), torch.zeros_like(target), 0.0
     root = hessian.diagonal().sqrt()
-    if not float(torch.linalg.eigvalsh(hessian / root / root[:, None])[0]) > _LEAST or not bool(target.any()):
+    if not float(torch.linalg.eigvalsh(hessian / root / root[:, None])[0]) > LEAST_EIGENVALUE or not bool(target.any()):
         return nothing
     exponent = torch.frexp(target.abs().max()).exponent  # by powers of two, which round nothing
     try:
@@ -188,7 +192,7 @@ def _proved(
     shift = torch.ldexp(shift, exponent)
     if not bool(shift.isfinite().all()):
         return nothing
-    for back in _STEPS_BACK:
+    for back in STEPS_BACK:
         lowered = blocks - back * torch.diag_embed(hessian.diagonal()[partition.columns])
         if _is_proved(hessian, lowered, partition):
             loss = block_loss(hessian, lowered, target, shift, partition)
@@ -202,7 +206,7 @@ def _is_proved(hessian: Tensor, blocks: Tensor, partition: Partition) -> bool:
     rounding = torch.zeros(len(hessian), dtype=hessian.dtype)
     place = partition.columns
     rounding[place] = 4 * UNIT * rest[place[:, :, None], place[:, None, :]].abs().sum(2)
-    least = _LEAST**2 * hessian.diagonal()[place]
+    least = LEAST_EIGENVALUE**2 * hessian.diagonal()[place]
     return bool(semidefinite(blocks, least).all() and semidefinite(rest, rounding))
 
 
@@ -217,7 +221,7 @@ def block_loss(hessian: Tensor, blocks: Tensor, target: Tensor, shift: Tensor, p
     scaled, pull = target @ whole, shift @ (hessian - whole)
     pull_sizes = shift.abs() @ (hessian.abs() + whole.abs())
     scaled_sizes = target.abs() @ whole.abs()
-    error = slack * (pull_sizes + scaled_sizes) + _UNDERFLOW
+    error = slack * (pull_sizes + scaled_sizes) + UNDERFLOW
     terms = [-(shift * pull), target * scaled, -2 * pull * target]
     sizes = (shift.abs() + 2 * target.abs()) * (pull.abs() + error) + target.abs() * scaled_sizes
     doubt = (slack * sizes + (shift.abs() + 2 * target.abs()) * error).sum() * (1 + slack * len(target))
@@ -235,7 +239,7 @@ def block_loss(hessian: Tensor, blocks: Tensor, target: Tensor, shift: Tensor, p
     y = partition.blocks(scaled - pull)
     products = (y.transpose(-1, -2) @ y).flatten(2)
     squares = products.unflatten(2, (size, size)).diagonal(dim1=-2, dim2=-1).sum(-1)
-    doubtful = 4 * gamma(height + size * size + 16) * squares * norm[:, None] + _UNDERFLOW * (1 + norm[:, None])
+    doubtful = 4 * gamma(height + size * size + 16) * squares * norm[:, None] + UNDERFLOW * (1 + norm[:, None])
     wrong = partition.blocks(error).amax((2, 3)) * math.sqrt(height * size) * norm.sqrt()[:, None]
     forms = products @ inverses.flatten(2).transpose(1, 2)
     gains = ((forms + doubtful[..., None]).clamp_min(0).sqrt() + wrong[..., None]).square()

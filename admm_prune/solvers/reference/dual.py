@@ -22,14 +22,13 @@ from admm_prune.ops import precision
 from admm_prune.solvers.reference.bounds import Bound
 from admm_prune.solvers.reference.cells import Cells, cells_of
 from admm_prune.solvers.reference.perspective_dual import Multipliers, maximize_dual
-from admm_prune.solvers.reference.rigorous import UNIT, Array, gamma, rounded_down_sum, total_bound
+from admm_prune.solvers.reference.rigorous import UNDERFLOW, UNIT, Array, gamma, rounded_down_sum, total_bound
 from admm_prune.solvers.reference.rows import floor_of, quadratic, scaled_hessian, to_array
 
 KIND = "perspective dual"
-_UNDERFLOW = 1e-290  # more than the products of one entry lose by underflow
 _LEAVES = 4096  # whose bounds are computed at a time
-_STEPS_BACK = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)  # of the diagonal of A, where D is a little too large
-_LEAST = 1e-10  # of a unit diagonal: a smaller eigenvalue leaves no diagonal worth a bound
+STEPS_BACK = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)  # of the diagonal of A, where D is a little too large
+LEAST_EIGENVALUE = 1e-10  # of a unit diagonal: a smaller eigenvalue leaves no D worth a bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +159,7 @@ def maximized(
     exponent = torch.frexp(torch.where(largest > 0, largest, 1.0)).exponent
     scaled = torch.ldexp(target, -exponent)
     diagonal, shift = torch.zeros_like(target[:, 0]), torch.zeros_like(target)
-    definite = _least_eigenvalues(hessian) > _LEAST
+    definite = _least_eigenvalues(hessian) > LEAST_EIGENVALUE
     worth = definite & (target != 0).any((1, 2)) if cells.by_row else definite
     if bool(worth.all()) and bool((target != 0).any()):
         multipliers = maximize_dual(
@@ -186,7 +185,7 @@ def _proved(hessian: Tensor, diagonal: Tensor, shift: Tensor) -> Multipliers:
     """D stepped back until A - Diag(D) is proved semidefinite; zeros for those of the batch where it is not."""
     proved = diagonal.clone()
     done = torch.zeros(len(diagonal), dtype=torch.bool)
-    for back in _STEPS_BACK:
+    for back in STEPS_BACK:
         trial = (diagonal - back * hessian.diagonal(dim1=-2, dim2=-1)).clamp_min(0)
         fits = ~done & semidefinite(hessian, trial) & shift.isfinite().all(2).all(1)
         proved[fits] = trial[fits]
@@ -207,7 +206,7 @@ def semidefinite(hessian: Tensor, diagonal: Tensor) -> Tensor:
     room = hessian.diagonal(dim1=-2, dim2=-1) - diagonal
     phi = gamma(n + 8) / (1 - gamma(n + 8))
     lowered = hessian.clone()
-    lowered.diagonal(dim1=-2, dim2=-1).copy_(room * (1 - 2 * n * phi) - _UNDERFLOW)
+    lowered.diagonal(dim1=-2, dim2=-1).copy_(room * (1 - 2 * n * phi) - UNDERFLOW)
     factor, failed = torch.linalg.cholesky_ex(lowered)
     inside = (room > 0).all(-1) & (diagonal >= 0).all(-1) & factor.isfinite().flatten(-2).all(-1)
     proved: Tensor = inside & (failed == 0)
@@ -273,16 +272,16 @@ def _costs(hessian: Tensor, d: Tensor, s: Tensor, w: Tensor) -> tuple[Tensor, Te
     """(the cost of removing each entry, of keeping it, the constant by entries), rounded to the safe side."""
     n = w.shape[-1]
     pull = s @ hessian - s * d
-    reach = gamma(n + 4) * (s.abs() @ hessian.abs() + s.abs() * d) * (1 + 4 * UNIT) + _UNDERFLOW * (s != 0).any(
+    reach = gamma(n + 4) * (s.abs() @ hessian.abs() + s.abs() * d) * (1 + 4 * UNIT) + UNDERFLOW * (s != 0).any(
         -1, keepdim=True
     )
     sizes = pull.abs() + reach
-    keeping = -(sizes.square() / d) * (1 + 8 * UNIT) - _UNDERFLOW
+    keeping = -(sizes.square() / d) * (1 + 8 * UNIT) - UNDERFLOW
     keeping = torch.where(sizes == 0, 0.0, torch.where(d > 0, keeping, -torch.inf))
     terms = d * w.square() + 2 * sizes * w.abs()
-    removed = d * w.square() - 2 * pull * w - 2 * reach * w.abs() - 16 * UNIT * terms - _UNDERFLOW
+    removed = d * w.square() - 2 * pull * w - 2 * reach * w.abs() - 16 * UNIT * terms - UNDERFLOW
     constant = s * pull + s.abs() * reach
-    constant = constant + 8 * UNIT * (s * pull).abs() + _UNDERFLOW
+    constant = constant + 8 * UNIT * (s * pull).abs() + UNDERFLOW
     return removed, keeping, constant
 
 

@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 UNIT = 2.0**-53
-_UNDERFLOW = 1e-290  # more than all products of O(1) numbers lose by underflow together
+UNDERFLOW = 1e-290  # more than all products of O(1) numbers lose by underflow together
 _EXACT_WIDTH = 48  # up to which definiteness is decided in integers where float64 cannot
 
 
@@ -163,7 +163,7 @@ def least_eigenvalue(matrix: Array, diagonal: Array) -> float:
         _, failed = torch.linalg.cholesky_ex(torch.from_numpy(shifted))
         if not int(failed):
             room = float((shifted.diagonal() / diagonal).max()) * (1 + 4 * UNIT)
-            lost = rounding * room * (1 + 8 * UNIT) + 4 * UNIT * (largest + abs(shift)) + _UNDERFLOW
+            lost = rounding * room * (1 + 8 * UNIT) + 4 * UNIT * (largest + abs(shift)) + UNDERFLOW
             best = max(best, math.nextafter(shift - lost, -math.inf))
             if best > 0:
                 return best
@@ -234,10 +234,10 @@ def least_losses(form: Form, target: Array, supports: Mask, steps: Array) -> tup
         q, sizes = p @ form.hessian, np.abs(p) @ np.abs(form.hessian)
         long = form.doubt * (p * p * form.diagonal).sum(1) * (1 + gamma(n + 8))
         value = np.where(supports, -q * p, q * p).sum(1)
-        b = value - gamma(3 * n + 8) * (sizes * np.abs(p)).sum(1) - long - _UNDERFLOW
+        b = value - gamma(3 * n + 8) * (sizes * np.abs(p)).sum(1) - long - UNDERFLOW
         residual = np.where(supports, np.abs(q) + gamma(2 * n + 4) * sizes, 0.0)
         t = np.sqrt((residual * residual / form.diagonal).sum(1))
-        t = (t + np.sqrt(form.doubt * long) + _UNDERFLOW) * (1 + gamma(n + 16)) / math.sqrt(form.least or math.nan)
+        t = (t + np.sqrt(form.doubt * long) + UNDERFLOW) * (1 + gamma(n + 16)) / math.sqrt(form.least or math.nan)
         free = supports.any(1)
         t = np.where(free, t, 0.0)
         b = np.maximum(b, 0.0)

@@ -108,6 +108,17 @@ def test_a_budget_above_the_integers_of_float32_is_not_rounded() -> None:
     assert float(most_gained(lines, partition.keep)) == 1.0
 
 
+def test_groups_of_too_many_supports_are_refused() -> None:
+    problem = Toy(normal(2, 32, 0), correlated(32, 0), NofM(8, 16))
+    with pytest.raises(ValueError, match="at most 1296 supports of a block; a group of 8:16 has 12870: use dual_bound"):
+        block_bound(problem)
+
+
+def test_a_tile_wider_than_a_block_is_a_block() -> None:
+    ((_, cells),) = cells_of("test", Groups(0.5, 8), (4, 16))
+    assert partition_of(correlated(16, 0), cells, 4).columns.shape == (2, 8)
+
+
 def test_coupled_columns_are_put_together() -> None:
     hessian = torch.eye(8, dtype=torch.float64)
     for i, j in ((0, 5), (1, 6), (2, 7), (3, 4)):
