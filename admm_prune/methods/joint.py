@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -256,8 +257,9 @@ class JointBlock:
         if not bool(change.any()):
             return 0.0
         energy = quadratic.energy(self.dense[view.name], gram)
-        if energy <= 0:
-            return 0.0
         assert mean is not None, "collected statistics have it"
         shift = (view.read().double() - self.dense[view.name].double()) @ mean.to(change)
-        return tokens * float(change @ (2 * shift + change)) / energy
+        error = tokens * float(change @ (2 * shift + change))
+        if energy <= 0:  # the outputs are zero without the bias
+            return math.inf if error > 0 else 0.0
+        return error / energy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from admm_prune.problem import Constraint
@@ -35,7 +36,7 @@ class Closing(LayerReconstruction):
         *,
         bias: bool,
     ) -> Self:
-        """From sums over all tokens.
+        """From sums over all tokens; `targets` is used up.
 
         Args:
             weight: the dense weight (m, D), in whose dtype the problem is posed.
@@ -50,6 +51,8 @@ class Closing(LayerReconstruction):
             moments.addr_(mean_input, mean_input, alpha=-count)
             correlation.addr_(mean_target, mean_input, alpha=-count)
             energy -= count * float(mean_target.square().sum())
+            if energy <= _CONSTANT * targets.energy:  # the bias covers the targets: the rest is rounding
+                energy, correlation = 0.0, torch.zeros_like(correlation)
             constant = moments.diagonal() <= _CONSTANT * before  # the bias covers the effect of such a unit
             moments[constant], moments[:, constant], correlation[:, constant] = 0, 0, 0
         moments = moments.to(weight)

@@ -183,7 +183,8 @@ class LayerReconstruction:
 
         For another target it is <V, V H> - 2 <V, Y^T X> + ||Y||^2, a difference of energies. The rounding of the
         tensors may leave it negative where V reproduces the target: it is 0 then, as long as 32 eps of the Gram's dtype
-        times the magnitudes that are added up explain it.
+        times the magnitudes that are added up explain it. Where the target is zero, an error beyond such rounding is
+        infinite.
 
         Args:
             gram: another H (in, in), such as that of held-out tokens; only for the layer's own outputs.
@@ -199,7 +200,9 @@ class LayerReconstruction:
             error = quadratic.energy(v, h, self.weight)
             if error < 0 and error < -_ROUNDINGS * torch.finfo(h.dtype).eps * self._magnitudes(v - self.weight, h):
                 raise ValueError("gram is not positive semidefinite: it is not X^T X")
-            return 0.0 if energy <= 0 else max(error, 0.0) / energy  # in this order NaN stays NaN
+            if energy <= 0:
+                return _relative_to_nothing(error, h.dtype, self._magnitudes(v - self.weight, h))
+            return max(error, 0.0) / energy  # in this order NaN stays NaN
         if gram is not None:
             raise ValueError("an error on other tokens needs their target too")
         whole = self.target_energy
@@ -213,7 +216,9 @@ class LayerReconstruction:
                     f"target_energy {whole:g} is not the squared norm of the target: some weights would have a squared "
                     f"error of {error:g}; take it, the Gram and the cross_gram from the same tokens, in float64"
                 )
-        return max(error, 0.0) / whole if whole > 0 else 0.0
+        if whole <= 0:
+            return _relative_to_nothing(error, self.gram.dtype, self._magnitudes(v, self.gram) + 2 * sizes)
+        return max(error, 0.0) / whole
 
     def minimizer_residual(self) -> tuple[Tensor, Tensor, float] | None:
         """(W' A - G (out, in), the magnitudes that it adds up (out, in), those of the value at W'), in float64.
@@ -303,6 +308,11 @@ class LayerReconstruction:
         diagonal = self.gram.diagonal().double()
         largest = float(diagonal.max())
         return self.ridge + (self.damping * float(diagonal.mean()) / largest if largest > 0 else 0.0)
+
+
+def _relative_to_nothing(error: float, dtype: torch.dtype, sizes: float) -> float:
+    """The relative error where the target is zero: 0 if rounding of the magnitudes explains it, else infinite."""
+    return 0.0 if error <= _ROUNDINGS * torch.finfo(dtype).eps * sizes else math.inf
 
 
 def single_process(values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shares the formulas with `problems/layer.py` and no code with it, nor with any s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import combinations, product
 from math import comb
@@ -226,17 +227,19 @@ class Definition:
         return relative_doubt(spectrum.astype(np.float64))
 
     def relative_error(self, v: Array) -> tuple[float, float]:
-        """||X V^T - Y||^2 / ||Y||^2, undamped, and the possible rounding error of a claim."""
+        """||X V^T - Y||^2 / ||Y||^2, undamped, and the possible rounding error of a claim; where Y is zero, 0 or
+        infinite."""
         if self.cross is None:
             return relative_error(v, self.weight, self.gram, self.rounding)
         cross, target_energy = self.cross
-        if target_energy <= 0:
-            return 0.0, 0.0
         products = v * (self.weight @ cross)
         value, doubt = energy(v, self.gram)
         sizes = float((np.abs(v) * (np.abs(self.weight) @ np.abs(cross))).sum())
         doubt += _SLACK * len(cross) * _EPSILON * (sizes + target_energy)
-        return (value - 2 * float(products.sum()) + target_energy) / target_energy, doubt / target_energy
+        error = value - 2 * float(products.sum()) + target_energy
+        if target_energy <= 0:
+            return _relative_to_nothing(error, self.rounding * sizes + doubt), 0.0
+        return error / target_energy, doubt / target_energy
 
 
 def define(layer: LayerFile, ridge: float, damping: float) -> Definition:
@@ -274,10 +277,15 @@ def energy(deviation: Array, matrix: Array, rounding: float = 0.0) -> tuple[floa
 
 
 def relative_error(v: Array, weight: Array, gram: Array, rounding: float) -> tuple[float, float]:
-    """tr((V - W) H (V - W)^T) / tr(W H W^T), 0 for a layer that is nothing, and its doubt."""
+    """tr((V - W) H (V - W)^T) / tr(W H W^T), and its doubt; 0 or infinite where the output of the layer is zero."""
     whole, _ = energy(weight, gram)
     error, doubt = energy(v - weight, gram, rounding)
-    return (error / whole, doubt / whole) if whole > 0 else (0.0, 0.0)
+    return (error / whole, doubt / whole) if whole > 0 else (_relative_to_nothing(error, doubt), 0.0)
+
+
+def _relative_to_nothing(error: float, doubt: float) -> float:
+    """The relative error where the target is zero: 0 if rounding explains the error, otherwise infinite."""
+    return 0.0 if error <= doubt else math.inf
 
 
 def relative_doubt(spectrum: Array) -> float:

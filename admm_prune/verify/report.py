@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -93,7 +94,7 @@ class Verification:
     def compare(self, what: str, claimed: Any, recomputed: Any, slack: float = 0.0) -> bool:
         """Compares a claim: numbers to 1e-6 relative and `slack` absolute, all else exactly."""
         same = claimed == recomputed
-        if isinstance(claimed, float | int) and isinstance(recomputed, float | int):
+        if isinstance(claimed, float | int) and isinstance(recomputed, float | int) and math.isfinite(recomputed):
             same = same or abs(claimed - recomputed) <= TOLERANCE * abs(recomputed) + slack
         return self.expect(what, bool(same), f"claimed {what} {shown(claimed)}, recomputed {shown(recomputed)}")
 

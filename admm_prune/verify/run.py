@@ -228,7 +228,7 @@ def _verify_run(
     check_recipe_file(report, folder, manifest)
     _verify_layer_claims(report, manifest)
     if not sound:
-        return None  # altered files are not loaded
+        return None  # other files or tensors, or NaN, are not loaded; altered numbers are, to find what they change
     try:
         loaded = opened(str(folder))
     except _NOT_HERE:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from admm_prune.data.layer_file import LayerFile
 from admm_prune.ops import backend, quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Proximable, Quadratic, Refittable
+from admm_prune.problems.closing import Closing
 from admm_prune.problems.constraints import NofM, RowWise, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.statistics import GramAccumulator, LayerStatistics, TargetAccumulator
+from admm_prune.verify.recomputation import define
+from admm_prune.verify.report import Verification
 from tests.catalogue import CONSTRAINTS, WIDTH, correlated_inputs, layer, random_weight, retargeted
 
 seeds = st.integers(0, 10_000)
@@ -105,6 +110,56 @@ def test_a_singular_gram_is_damped_and_says_so(ridge) -> None:
     assert problem.ridge > ridge
     assert "singular" in problem.notes[-1]
     assert problem.refit(problem.constraint.select(Point(weight=problem.weight.abs()))).is_finite()
+
+
+@pytest.mark.parametrize("given", ["weight", "cross_gram", "correlation"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_error_relative_to_a_target_of_zero_is_zero_or_infinite(given: str, dtype: torch.dtype) -> None:
+    x = correlated_inputs(64, WIDTH, 0, dtype)
+    x[:, 3] = 0
+    weight = random_weight(6, WIDTH, 0, dtype)
+    zeros = torch.zeros_like(weight)
+    target = {
+        "weight": {},
+        "cross_gram": {"cross_gram": torch.zeros(WIDTH, WIDTH, dtype=dtype), "target_energy": 0.0},
+        "correlation": {"correlation": zeros, "target_energy": 0.0},
+    }[given]
+    dense = zeros if given == "weight" else weight
+    problem = LayerReconstruction(dense, x.T @ x, RowWise(0.5), **target)
+    unseen = zeros.clone()
+    unseen[:, 3] = 1
+    assert problem.relative_error(Point(weight=zeros)) == 0.0
+    assert problem.relative_error(Point(weight=unseen)) == 0.0
+    assert problem.relative_error(Point(weight=weight)) == math.inf
+    file = LayerFile(weight=dense, gram=x.T @ x, cross_gram=target.get("cross_gram"), metadata={"target_energy": "0.0"})
+    if given != "correlation":
+        stated = define(file, 0.01, 0.0)
+        for v, error in ((zeros, 0.0), (unseen, 0.0), (weight, math.inf)):
+            assert stated.relative_error(v.double().numpy()) == (error, 0.0)
+
+
+@pytest.mark.parametrize("level", [0.1, 1e3, 0.0])
+def test_constant_targets_leave_nothing_beside_the_bias(level: float) -> None:
+    """In float64, their energy less that of their mean rounds below zero or above it."""
+    for tokens in (50, 300, 1000):
+        inputs, targets = correlated_inputs(tokens, WIDTH, 0), torch.full((tokens, 4), level, dtype=torch.float64)
+        gram, target = GramAccumulator(WIDTH, centre=True), TargetAccumulator(4, WIDTH, centre=True)
+        gram.add(inputs)
+        target.add(inputs, targets)
+        weight = random_weight(4, WIDTH, 0)
+        problem = Closing.of(weight, gram, target, RowWise(0.5), (0.01, 0.0), bias=True)
+        nothing = torch.zeros_like(weight)
+        assert problem.target_energy == 0.0
+        assert problem.relative_error(Point(weight=nothing)) == 0.0
+        assert torch.allclose(problem.bias(nothing), torch.full((4,), level, dtype=torch.float64))
+
+
+def test_a_claim_is_not_taken_for_infinite() -> None:
+    report = Verification(path=Path("v.safetensors"), kind="layer")
+    assert report.compare("error", math.inf, math.inf)
+    assert not report.compare("error", 0.5, math.inf)
+    assert not report.compare("error", math.inf, 0.5)
+    assert not report.compare("error", math.nan, 0.5)
 
 
 def test_a_damping_that_is_small_beside_the_largest_channels_is_checked_too() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from admm_prune.result import Convergence, Progress
 from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
 from admm_prune.runs.journal.folder import write_json
 from admm_prune.runs.manifest import Phases
-from admm_prune.runs.report import content, write_difference, write_report
+from admm_prune.runs.report import content, plots, write_difference, write_report
 from admm_prune.settings import Settings
 from tests.runs.html_page import Element, read_page
 
@@ -121,6 +122,16 @@ def test_layers_without_an_error_are_last() -> None:
     layers = [{"relative_error": error, "sparsity": sparsity} for error, sparsity in
               ((None, 0.5), (0.1, 0.5), (None, 0.2), (0.3, 0.5))]  # fmt: skip
     assert [layers.index(layer) for layer in content.worst_first(layers)] == [3, 1, 2, 0]
+
+
+def test_infinite_errors_are_listed_first_and_left_out_of_plots() -> None:
+    layers = [{"name": f"model.layers.{i}.mlp.up_proj.weight", "relative_error": error, "sparsity": 0.5}
+              for i, error in enumerate((0.1, math.inf, 0.3, None))]  # fmt: skip
+    assert [layers.index(layer) for layer in content.worst_first(layers)] == [1, 2, 0, 3]
+    assert plots.by_matrix(layers, "relative_error") == {"mlp.up_proj": [(0, 0.1), (2, 0.3)]}
+    picture = plots.layer_errors(layers)
+    assert picture is not None
+    assert "inf" not in picture
 
 
 def test_a_note_that_is_advised_already_is_not_repeated() -> None:

@@ -138,7 +138,7 @@ def by_matrix(layers: Iterable[Layer], field: str) -> dict[str, list[tuple[int, 
     for layer in layers:
         block, matrix = place_of(layer["name"])
         points = curves.setdefault(matrix, [])
-        if layer.get(field) is not None:
+        if layer.get(field) is not None and math.isfinite(layer[field]):
             points.append((block, layer[field]))
     return {matrix: sorted(points) for matrix, points in curves.items()}
 
