@@ -109,7 +109,7 @@ def _structured(default: T, help: str, **how: Any) -> T:
 
 
 def _tasks(default: T, help: str, **how: Any) -> T:
-    return option(default, help, group="Tasks", commands="run compare", **how)
+    return option(default, help, group="Tasks", commands="run compare eval", **how)
 
 
 def _machine(default: T, help: str, **how: Any) -> T:
@@ -349,7 +349,7 @@ class Settings(TextSettings):
     )
     tasks: str | Sequence[str] = _tasks(
         (),
-        "Comma-separated tasks of lm-evaluation-harness, on which the pruned model is evaluated.",
+        "Comma-separated tasks of lm-evaluation-harness on which the model is evaluated.",
         python="Or a sequence of names.",
         **_NAMES,
     )

@@ -29,20 +29,10 @@ def evaluate(
         int | None, typer.Option(min=1, help="Number of documents; default: all, or 20,000 for a Hub id.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Number of sequences; default: the whole text.")] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Comma-separated tasks of lm-evaluation-harness, instead of perplexity.")
-    ] = None,
-    task_folder: Annotated[Path | None, typer.Option(help="Folder with additional tasks, as YAML files.")] = None,
-    shots: Annotated[
-        int | None, typer.Option(min=0, help="Number of few-shot examples; default: as defined by the task.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Limit on the questions per task, for a quick check.")
-    ] = None,
     json: common.Json = False,
     **options: Any,
 ) -> None:
-    """Evaluate a model: perplexity, bits per character and sparsity, or tasks of lm-evaluation-harness.
+    """Evaluate a model: perplexity, bits per character and sparsity, or with --tasks, tasks of lm-evaluation-harness.
 
     --data is evaluated in full if it is a file, on the validation split if it is a Hub id, and on the held-out part if
     it is the embedded text.
@@ -52,18 +42,13 @@ def evaluate(
     from admm_prune.models.evaluate import headings
     from admm_prune.runs.evaluate import evaluate_model, evaluate_tasks
 
-    device, dtype = options["device"], options["dtype"]
-    _refuse_unused(common.given(ctx), with_tasks=tasks is not None)
-    if tasks is not None:
-        how: dict[str, Any] = {
-            "shots": shots,
-            "limit": limit,
-            "device": device,
-            "dtype": dtype,
-            "seed": options["seed"],
-            "trust_remote_code": options["trust_remote_code"],
-        }
-        content = evaluate_tasks(model, tasks, folder=task_folder, **how)
+    given = common.given(ctx)
+    _refuse_unused(given, with_tasks="tasks" in given)
+    how: dict[str, Any] = {name: options[name] for name in ("device", "dtype", "trust_remote_code")}
+    if "tasks" in given:
+        of_tasks = {"folder": "task_folder", "shots": "shots", "limit": "task_limit", "seed": "seed"}
+        how |= {argument: options[name] for argument, name in of_tasks.items()}
+        content = evaluate_tasks(model, options["tasks"], **how)
         if json:
             common.emit(content)
         else:
@@ -74,15 +59,8 @@ def evaluate(
     changes: dict[str, Any] = {name: values[name] for name in names_of(text=True) if name in values.keys() & given}
     text = None if data is None else TextSettings(data=data, **changes)
     with shown_progress("evaluating") as progress:
-        evaluation = evaluate_model(
-            model,
-            text,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=options["trust_remote_code"],
-            on_progress=progress.step,
-            **(changes if text is None else {}),
-        )
+        how |= changes if text is None else {}
+        evaluation = evaluate_model(model, text, on_progress=progress.step, **how)
     if json:
         common.emit(evaluation.as_json())
         return
@@ -96,7 +74,7 @@ def evaluate(
 def _refuse_unused(given: set[str], *, with_tasks: bool) -> None:
     """Tasks bring their own text; perplexity has no shots."""
     text = {"data", "documents", "samples", *names_of(text=True)} - {"seed"}
-    unused = sorted(given & (text if with_tasks else {"task_folder", "shots", "limit"}))
+    unused = sorted(given & (text if with_tasks else {"task_folder", "shots", "task_limit"}))
     if unused:
         option = "--" + unused[0].replace("_", "-")
         raise UserError(

@@ -120,7 +120,7 @@ CASES = [
     (f"{RUN} --coordinate attn", "coordinate must be attention, not 'attn' (did you mean 'attention'?)"),
     (f"{RUN} --refit blocks", "refit must be block, not 'blocks' (did you mean 'block'?)"),
     ("eval MODEL --tasks piqa --task-folder TEXT", "there is no such folder of tasks"),
-    ("eval MODEL --tasks piqa --limit none", "'--limit': Input should be a valid integer"),
+    ("eval MODEL --tasks piqa --task-limit none", "'--task-limit': Input should be a valid integer"),
     # sharing
     ("push", "Missing argument 'folder'"),
     ("push MODEL", "Missing argument 'repo_id'"),

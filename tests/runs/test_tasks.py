@@ -117,6 +117,8 @@ def test_a_comparison_evaluates_the_dense_and_all_pruned_models(
     found = [content["tasks"], *(row["tasks"] for row in content["rows"])]
     for place, claimed in zip(places.values(), found, strict=True):
         assert claimed == evaluate_tasks(str(place), ["mats"], folder=tasks, shots=0, limit=2, device="cpu")
+    app(["eval", str(model_folder), *how, "--device", "cpu", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out) == found[0], "by the same options"
     figures = [one["results"]["mats"] for one in found]
     assert shown == ["mats", "acc", *(f"{one['acc,none']:.4f}" for one in figures)]
     for one in figures:
