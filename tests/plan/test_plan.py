@@ -360,8 +360,9 @@ def test_work_scales_by_kind() -> None:
     assert work.operations == 9.0
 
 
-def test_a_machine_has_a_rate_for_every_kind_of_work() -> None:
-    here = measured_here()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_machine_has_a_rate_for_every_kind_of_work(device: str) -> None:
+    here = measured_here(device=device)
     assert set(here.rates) == set(KINDS) - {"tokenize"}
     assert all(rate > 0 for rate in here.rates.values())
     twice = Machine("twice", "", {kind: 2 * rate for kind, rate in here.rates.items()})
