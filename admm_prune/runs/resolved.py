@@ -129,23 +129,6 @@ def resolved(settings: Settings) -> ResolvedRun:
     )
 
 
-def check_supported(settings: Settings, command: str, what: str, *, also: Collection[str] = ()) -> None:
-    """Refuses settings that a command does not support.
-
-    Args:
-        command: supports the settings that it has as options.
-        what: the command supports settings of this, for the message, such as "a plan".
-        also: settings that it supports although they are no options of the command line.
-
-    Raises:
-        UserError: another setting has a value other than its default.
-    """
-    for name, declared in options(type(settings)).items():
-        supported = command in declared.commands.split() or name in also
-        if not supported and getattr(settings, name) != declared.default:
-            raise UserError(f"{what} takes no {name}: leave it out")
-
-
 def _device_of_module(settings: Settings) -> str:
     """The device of a model that is passed as a module.
 
@@ -204,6 +187,23 @@ def recorded_tasks(settings: Settings, tasks: Tasks | None) -> dict[str, Any]:
     """The settings of tasks for the manifest that are not JSON values themselves."""
     folder = settings.task_folder
     return {"tasks": () if tasks is None else tasks.names, "task_folder": None if folder is None else str(folder)}
+
+
+def check_supported(settings: Settings, command: str, what: str, *, also: Collection[str] = ()) -> None:
+    """Refuses settings that a command does not support.
+
+    Args:
+        command: supports the settings that it has as options.
+        what: the command supports settings of this, for the message, such as "a plan".
+        also: settings that it supports although they are no options of the command line.
+
+    Raises:
+        UserError: another setting has a value other than its default.
+    """
+    for name, declared in options(type(settings)).items():
+        supported = command in declared.commands.split() or name in also
+        if not supported and getattr(settings, name) != declared.default:
+            raise UserError(f"{what} takes no {name}: leave it out")
 
 
 def _target(settings: Settings) -> Target:
