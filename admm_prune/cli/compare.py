@@ -57,11 +57,13 @@ def compare(
     table = [["dense", "", *dense.formatted(dense), "", "", ""]]
     for row in result.rows:
         error = "" if row.relative_error is None else f"{row.relative_error:.4f}"
-        others = [error, f"{100 * row.sparsity:.2f}%", f"{row.seconds:.1f}"]
+        others = [error, f"{100 * row.sparsity:.2f}%", "" if row.seconds is None else f"{row.seconds:.1f}"]
         table.append([row.method, row.target, *row.formatted(dense), *others])
     columns = ["method", "pruned", *headings(ratios=True), "layer\nerror", "zeros", "seconds"]
     title = f"{options['model']}: {result.parameters:,} parameters, {dense.tokens:,} tokens evaluated"
     common.show_table(title, columns, table, mark={i for i, row in enumerate(result.rows, 1) if result.is_best(row)})
     common.show_tasks_compared({"dense": result.tasks, **{f"{r.method} {r.target}": r.tasks for r in result.rows}})
+    if any(row.seconds is None for row in result.rows):
+        print("No seconds are given where pruning was interrupted and resumed.")
     print("Every pruned model was saved, loaded again, and gave the same perplexity.")
     print(f"report: {out / 'report.html'}   plot: {out / 'perplexity.png'}   models: {out / 'models'}")

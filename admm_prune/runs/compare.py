@@ -31,7 +31,7 @@ from admm_prune.runs import prune
 from admm_prune.runs.claims import weights_sha256, with_digest
 from admm_prune.runs.evaluate import Tasks, Validation, evaluated_dense
 from admm_prune.runs.journal.folder import MANIFEST, check_apart, finite, write_json
-from admm_prune.runs.journal.journal import home_of, journal_of
+from admm_prune.runs.journal.journal import is_unfinished, journal_of
 from admm_prune.runs.machine import pick_device
 from admm_prune.runs.manifest import Phases, TextRecord, manifest
 from admm_prune.runs.report import REPORT_PACKAGES, write_report
@@ -53,7 +53,7 @@ class Row(Metrics):
     target: str
     sparsity: float
     relative_error: float | None  # mean over the pruned matrices; None where no layer problem was solved
-    seconds: float
+    seconds: float | None  # of the allocation and of pruning; None where an interrupted run was resumed
     reloaded_perplexity: float
     folder: str
     tasks: dict[str, Any] | None = None  # as `Report.tasks`
@@ -183,6 +183,7 @@ def compare(
     with journal_of(out, resume=resume, overwrite=overwrite) as journal:
         opened = partial(load, device=device, trust_remote_code=run.trust_remote_code)
         loaded = opened(model_name, dtype=run.dtype)
+        parameters = sum(p.numel() for p in loaded.model.parameters())
         jobs = _jobs(recipes, targets, settings, loaded.model)
         log_notes(loaded)
         texts = Texts(settings.text, loaded)
@@ -196,10 +197,12 @@ def compare(
             dense = evaluated_dense(loaded, texts.evaluation, runtime)
         dense_on_tasks = None
         if settings.tasks is not None:
-            evaluate = partial(settings.tasks.evaluate, loaded, seed=run.seed)
+            tasks = settings.tasks
             with Phases(device, callback=callback)("evaluating the dense model on the tasks"):
-                dense_on_tasks = journal.once("tasks", evaluate)
+                dense_on_tasks = journal.once("tasks", partial(tasks.evaluate, loaded, seed=run.seed))
         runs = _Runs(settings, texts, opened, loaded.revision, weights, dense, device, callback)
+        texts.release_model()
+        del loaded  # every run loads its own copy
         models = journal.checkpoints(_MODELS)
         assert models is not None
         rows = [_known(saved, models) for saved in journal.finished("rows")]
@@ -207,11 +210,10 @@ def compare(
             if progress is not None:
                 progress(done, len(jobs), f"{recipe.name} {target.label}")
             place = models / f"{recipe.name}-{target.label.replace(':', 'of').replace('%', '')}"
-            report = runs.pruned(recipe, pruning_tasks[done], place)
+            report, seconds = runs.pruned(recipe, pruning_tasks[done], place)
             again = runs.evaluated_again(report, place)
-            rows.append(_row(report, again, f"{_MODELS}/{place.name}"))
+            rows.append(_row(report, again, seconds, f"{_MODELS}/{place.name}"))
             journal.commit("rows", done, {"row": asdict(rows[-1]), "weights": report.manifest["weights"]})
-        parameters = sum(p.numel() for p in loaded.model.parameters())
         comparison = Comparison(
             model=model_name,
             parameters=parameters,
@@ -250,14 +252,19 @@ class _Runs:
     device: str
     callback: Callbacks
 
-    def pruned(self, recipe: Recipe, task: Task, place: Path) -> Report:
-        """Prunes a copy of the model and writes it to a folder, or resumes an interrupted run there."""
+    def pruned(self, recipe: Recipe, task: Task, place: Path) -> tuple[Report, float | None]:
+        """Prunes a copy of the model and writes it to a folder, or resumes an interrupted run there.
+
+        Returns:
+            The report without the model, and the seconds, which are None if another process did a part of the work.
+        """
         settings, texts = self.settings, self.texts
         # A folder without a finished row: the process ended before the row was committed.
-        with journal_of(place, resume=home_of(place).is_dir(), overwrite=True) as journal:
+        with journal_of(place, resume=is_unfinished(place), overwrite=True) as journal:
             model = self.opened(str(settings.run.model), dtype=settings.run.dtype)
             record = manifest(settings.recorded(), texts.records(recipe.samples), self.revision, self.device)
             journal.begin({**record, "weights": self.weights})
+            continues = journal.continues
             report = prune.run_recipe(
                 recipe,
                 task,
@@ -271,7 +278,8 @@ class _Runs:
                 notes=texts.notes(recipe.samples),
             )
             with journal.output() as folder:
-                return prune.save_run(model, report, folder, texts.evaluation, self.callback)
+                written = prune.save_run(model, report, folder, texts.evaluation, self.callback)
+        return replace(written, model=None), None if continues else written.seconds
 
     def evaluated_again(self, report: Report, place: Path) -> Evaluation:
         """Evaluates the saved model.
@@ -398,7 +406,7 @@ def _records(texts: Texts, recipes: list[Recipe]) -> dict[str, TextRecord]:
     return {**calibrations, "evaluation": first["evaluation"]}
 
 
-def _row(report: Report, again: Evaluation, folder: str) -> Row:
+def _row(report: Report, again: Evaluation, seconds: float | None, folder: str) -> Row:
     metrics: dict[str, Any] = {name: getattr(report.pruned, name) for name in METRICS}
     return Row(
         method=report.method,
@@ -406,7 +414,7 @@ def _row(report: Report, again: Evaluation, folder: str) -> Row:
         sparsity=report.sparsity,
         **metrics,
         relative_error=report.mean_relative_error,
-        seconds=report.seconds,
+        seconds=seconds,
         reloaded_perplexity=again.perplexity,
         tasks=report.tasks,
         folder=folder,

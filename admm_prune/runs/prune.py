@@ -248,11 +248,12 @@ def run_recipe(
     """
     notes += (*loaded.notes, *_notes_on_zeros(loaded))
     phases = Phases(loaded.offloading.device(loaded.model)) if phases is None else phases
-    label, details = task.target.label, {}
+    label, details, seconds = task.target.label, {}, 0.0
     if allocation is not None:
-        with phases("allocating the budget"):
+        with phases("allocating the budget") as allocating:
             allocated = allocation.applied(loaded.model, task, runtime)
         task, details = replace(task, target=allocated.target), {"allocation": allocated.details}
+        seconds = allocating.seconds
     with phases("pruning") as pruning:
         outcome = recipe.prune(loaded.model, task, runtime)
     model: Any = loaded.model if outcome.model is None else outcome.model
@@ -277,7 +278,7 @@ def run_recipe(
         pruned=pruned.figures,
         tasks=on_tasks,
         layers=outcome.layers,
-        seconds=pruning.seconds,
+        seconds=seconds + pruning.seconds,
         notes=(*outcome.notes, *_notes_on_bounds(outcome.layers, task), *notes, *notes_on(model)),
         details={**outcome.details, **details},
         continuation=dense.beside(pruned),

@@ -48,7 +48,7 @@ class Report:
         tasks: results of the pruned model on tasks of lm-evaluation-harness, as `eval --tasks` returns them; None
             without tasks.
         layers: one report for each matrix of the blocks.
-        seconds: the duration of pruning in this process, without evaluations; NaN if the folder has no times.
+        seconds: the duration of the allocation and of pruning in this process; NaN if the folder has no times.
         notes: notes on the run and by the method.
         details: further results of the method, by name.
         continuation: greedy continuations of the beginning of the evaluation text, "prompt", by the "dense" and the

@@ -101,6 +101,13 @@ class Texts:
         self.evaluation = _pack_validation(self._validation_corpus, settings, self._length, loaded)
         log_notes(self._calibration_corpus, self._validation_corpus)
 
+    def release_model(self) -> None:
+        """Releases the model, with whose vocabulary texts are compared when they are packed.
+
+        What has been packed can still be read; nothing else can be packed.
+        """
+        del self._loaded
+
     def calibration(self, samples: int = DEFAULT_SAMPLES) -> Sequences:
         """The calibration text.
 

@@ -205,7 +205,10 @@ def _verify_row(
 
 
 def _check_seconds(report: Verification, timings: Path, claimed: Any) -> None:
-    """The seconds of a row against the model's own file of times, which rounds them to milliseconds."""
+    """The seconds of a row against the model's own file of times, which rounds them to milliseconds; a row has none
+    where pruning was interrupted and resumed."""
+    if claimed is None:
+        return
     try:
         seconds = read_json(timings).get("seconds")
     except (UserError, AttributeError):

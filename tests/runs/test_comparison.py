@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError
 from admm_prune.methods.target import Target
 from admm_prune.models.evaluate import Evaluation
+from admm_prune.models.loading import LoadedModel, load
 from admm_prune.runs import compare as comparison
 from admm_prune.runs.compare import Comparison, ComparisonSettings, Row, compare
 from admm_prune.settings import Settings
@@ -116,6 +119,69 @@ def test_a_comparison_that_breaks_off_after_any_record_goes_on_and_ends_as_it_wo
             compare(settings, tmp_path / "second")
     compare(settings, tmp_path / "second", resume=True)
     assert untimed(tmp_path / "second") == untimed(tmp_path / "whole")
+
+
+def test_a_row_that_was_resumed_has_no_seconds(
+    tmp_path: Path, settings: ComparisonSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the last process would be less than those of the other rows."""
+    settings, out = replace(settings, targets=settings.targets[:1]), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        Interruption(patch, after=2)  # the dense model, and the first block of the first row
+        with pytest.raises(KeyboardInterrupt):
+            compare(settings, out)
+    first, second = compare(settings, out, resume=True).rows
+    assert first.seconds is None
+    assert second.seconds is not None
+    said = "No seconds and MiB are given where pruning was interrupted and resumed"
+    assert said in (out / "report.html").read_text()
+    assert verify_folder(out, quick=True).verdict is not Verdict.REJECTED
+    compare(settings, tmp_path / "whole")
+    assert said not in (tmp_path / "whole/report.html").read_text()
+
+
+def test_a_comparison_goes_on_where_the_journal_of_a_row_was_being_deleted(
+    tmp_path: Path, settings: ComparisonSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, out = replace(settings, targets=settings.targets[:1]), tmp_path / "out"
+
+    def interrupted(home: Path) -> None:
+        (home / "header").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("admm_prune.runs.journal.journal._remove", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare(settings, out)
+    assert [row.method for row in compare(settings, out, resume=True).rows] == ["magnitude", "sparsegpt"]
+
+
+def test_the_seconds_of_a_row_are_those_of_the_allocation_too(tmp_path: Path, settings: ComparisonSettings) -> None:
+    run = replace(settings.run, allocation="fisher")
+    compare(replace(settings, run=run, methods=("magnitude",), targets=settings.targets[:1]), tmp_path / "out")
+    (row,) = json.loads((tmp_path / "out/admm_prune.json").read_text())["rows"]
+    phases = json.loads((tmp_path / "out/models/magnitude-50/timings.json").read_text())["phases"]
+    parts = [one["seconds"] for one in phases if one["name"] in ("allocating the budget", "pruning")]
+    assert len(parts) == 2
+    assert row["seconds"] == pytest.approx(sum(parts), abs=2e-3)
+
+
+def test_no_other_copy_of_the_model_is_held_when_one_is_loaded(
+    tmp_path: Path, settings: ComparisonSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    held: list[int] = []
+
+    def counted(*arguments: Any, **how: Any) -> LoadedModel:
+        gc.collect()
+        held.append(sum(model() is not None for model in loaded))
+        opened = load(*arguments, **how)
+        loaded.append(weakref.ref(opened.model))
+        return opened
+
+    monkeypatch.setattr(comparison, "load", counted)
+    compare(settings, tmp_path / "out")
+    assert held == [0] * (1 + 2 * 4), "the dense model, and for every row a copy of it and the saved model"
 
 
 def test_a_comparison_is_resumed_only_with_what_it_was_begun_with(tmp_path: Path, settings: ComparisonSettings) -> None:

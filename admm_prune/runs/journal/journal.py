@@ -96,6 +96,11 @@ class FolderJournal(Journal):
         blocks = any(record["tensors"] is not None for records in self._records.values() for record in records)
         return blocks or _has_files(self.home / "checkpoints")
 
+    @property
+    def continues(self) -> bool:
+        """Whether an earlier process has finished a part of the run."""
+        return self.resumed and (bool(self._records) or _has_files(self.home / "checkpoints"))
+
     def finished(self, part: str) -> list[Any]:
         return [record["content"] for record in self._records.get(part, [])]
 
@@ -235,7 +240,7 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
             `resume` is False.
     """
     home = home_of(out)
-    begun, finished = (home / _HEADER).is_file(), (absolute(out) / MANIFEST).is_file()
+    begun, finished = is_unfinished(out), (absolute(out) / MANIFEST).is_file()
     if resume and not begun and (finished or not home.is_dir()):
         why = f"{out} is finished" if finished else f"there is no {home}"
         raise UserError(f"nothing to resume: {why}; leave --resume out")
@@ -379,6 +384,11 @@ def home_of(out: Path) -> Path:
     if not place.name:
         raise UserError(f"{out} is the root of the file system: choose another output")
     return place.with_name(place.name + SUFFIX)
+
+
+def is_unfinished(out: Path) -> bool:
+    """Whether there is a journal of a run that writes to `out`."""
+    return (home_of(out) / _HEADER).is_file()
 
 
 def _wrote(home: Path, out: Path) -> bool:

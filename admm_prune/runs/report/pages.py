@@ -220,7 +220,10 @@ def _comparison(folder: Path, comparison: Manifest) -> str:
             for is_best, row in zip(content.best_of_target(rows), rows, strict=True)
         ],
         memory=[
-            next((p["peak_mib"] for p in run["timings"]["phases"] if p["name"] == "pruning"), None) for run in runs
+            None
+            if row["seconds"] is None
+            else next((p["peak_mib"] for p in run["timings"]["phases"] if p["name"] == "pruning"), None)
+            for row, run in zip(rows, runs, strict=True)
         ],
         plots=[
             (metric.name, plots.over_targets(comparison, name, folder / PLOT if name == RANKING else None))
