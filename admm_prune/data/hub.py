@@ -78,6 +78,23 @@ def fetch(repository: str, names: Sequence[str], revision: str | None = None) ->
 
 
 @contextmanager
+def progress_bars(*, shown: bool) -> Generator[None]:
+    """Context in which huggingface_hub shows its progress bars, or hides them; the setting is restored after it."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    def switch(on: bool) -> None:
+        if are_progress_bars_disabled() == on:  # else there is a warning where an environment variable sets them
+            (enable_progress_bars if on else disable_progress_bars)()
+
+    before = not are_progress_bars_disabled()
+    switch(shown)
+    try:
+        yield
+    finally:
+        switch(before)
+
+
+@contextmanager
 def quiet() -> Generator[None]:
     """Mutes log lines and progress bars of transformers, huggingface_hub and datasets, and restores them after.
 
@@ -90,20 +107,21 @@ def quiet() -> Generator[None]:
     model_bars = transformers_logging.is_progress_bar_enabled()
     datasets = sys.modules.get("datasets")  # avoids a second of import time where datasets are not used
     data_bars = datasets is not None and not datasets.are_progress_bars_disabled()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    if datasets is not None:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if model_bars:
-            transformers_logging.enable_progress_bar()
-        if datasets is not None and data_bars:
-            datasets.enable_progress_bars()
+    with progress_bars(shown=False):  # transformers switches them with its own
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        transformers_logging.disable_progress_bar()
+        if datasets is not None:
+            datasets.disable_progress_bars()
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if model_bars:
+                transformers_logging.enable_progress_bar()
+            if datasets is not None and data_bars:
+                datasets.enable_progress_bars()
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from admm_prune.data.durable import file_sha256
-from admm_prune.data.hub import expanded, first_line
+from admm_prune.data.hub import expanded, first_line, progress_bars
 from admm_prune.errors import UserError, check_type
 from admm_prune.models.archive import PACK_MANIFEST
 from admm_prune.runs.card import CARD, PLACE
@@ -62,9 +62,8 @@ def push_to_hub(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(token=token)
-    _show_progress(sys.stderr.isatty())
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), progress_bars(shown=sys.stderr.isatty()):
             warnings.simplefilter("ignore")  # about missing metadata, which are not errors
             repository = api.create_repo(repo_id, private=private, exist_ok=True)
             name = repository.repo_id
@@ -120,12 +119,6 @@ def _is_unedited(folder: Path) -> bool:
         return bool(content["files"].get(CARD) == file_sha256(folder / CARD))
     except (UserError, LookupError, TypeError, AttributeError):
         return False
-
-
-def _show_progress(shown: bool) -> None:
-    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
-
-    (enable_progress_bars if shown else disable_progress_bars)()
 
 
 def _reason(error: Exception) -> str:

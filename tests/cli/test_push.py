@@ -50,6 +50,23 @@ def test_a_run_arrives_and_is_verified_after_a_download(
     assert load_report(place).as_json() == load_report(report.out).as_json()
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_progress_bars_of_the_client_are_as_before(hub: StandInHub, report: Report, shown: bool) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    assert report.out is not None
+    before = are_progress_bars_disabled()
+    (enable_progress_bars if shown else disable_progress_bars)()
+    try:
+        push_to_hub(report.out, "tester/bars")
+        assert are_progress_bars_disabled() != shown
+        with pytest.raises(UserError):
+            push_to_hub(report.out, "a/b/c")
+        assert are_progress_bars_disabled() != shown
+    finally:
+        (disable_progress_bars if before else enable_progress_bars)()
+
+
 def test_an_edited_card_is_named_and_no_reason_to_reject(command: Command, report: Report, tmp_path: Path) -> None:
     assert report.out is not None
     place = Path(shutil.copytree(report.out, tmp_path / "run"))

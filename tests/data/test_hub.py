@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
-from admm_prune.data.hub import check_hub
+from admm_prune.data.hub import check_hub, quiet
 from admm_prune.data.sources import read_corpus
 from admm_prune.errors import UserError
 from admm_prune.models import loading
@@ -50,6 +50,20 @@ def test_no_answer_is_a_connection_error_in_one_line(answer: Any, error: Excepti
     answer(error)
     with pytest.raises(ConnectionError, match=r"^(\[Errno -2\] Name or service not known|offline)$"):
         check_hub("owner/name", "model")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_muting_restores_the_progress_bars_of_the_client(shown: bool) -> None:
+    before = huggingface_hub.utils.are_progress_bars_disabled()
+    try:
+        for on in (shown, not shown):
+            switch = huggingface_hub.utils.enable_progress_bars if on else huggingface_hub.utils.disable_progress_bars
+            switch()
+            with quiet():
+                assert huggingface_hub.utils.are_progress_bars_disabled()
+            assert huggingface_hub.utils.are_progress_bars_disabled() != on
+    finally:
+        (huggingface_hub.utils.disable_progress_bars if before else huggingface_hub.utils.enable_progress_bars)()
 
 
 @pytest.mark.parametrize("name", ["nonesuch", "nobody/nonesuch"])

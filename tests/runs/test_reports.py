@@ -311,7 +311,7 @@ def test_what_cannot_be_reported_is_refused(runs: Path, tmp_path: Path) -> None:
     for written, reason in (
         (benchmark, "is not a manifest of 'admm-prune run' or 'admm-prune compare'"),
         ({**manifest, **benchmark}, "is not a manifest of this release"),
-        ({name: value for name, value in manifest.items() if name != "text_use"}, "is not a manifest of this release"),
+        ({name: value for name, value in manifest.items() if name != "details"}, "is not a manifest of this release"),
         ({name: value for name, value in manifest.items() if name != "continuation"}, "is not a manifest of this rele"),
         ({**manifest, "layers": [{"name": "x"}]}, "is not a manifest of this release"),
         ({**manifest, "environment": {}}, "is not a manifest of this release"),
