@@ -26,7 +26,7 @@ from admm_prune.methods.base import LayerReport, RidgeTrial
 from admm_prune.result import Convergence, Diagnosis
 from admm_prune.runs.journal.folder import TIMINGS
 from admm_prune.runs.journal.journal import FolderJournal, home_of, journal_of
-from admm_prune.runs.journal.world import random_state, restore_random_state
+from admm_prune.runs.journal.process_state import random_state, restore_random_state
 from admm_prune.runs.report import REPORT
 from tests.models.tiny_models import shared_keys
 from tests.runs.interruption import Interruption

@@ -34,7 +34,7 @@ from admm_prune.methods.base import Journal
 from admm_prune.models.archive import write_tensors
 from admm_prune.models.parallel import World
 from admm_prune.runs.journal.folder import MANIFEST, absolute, check_output, flattened, removing_new_parents, swap
-from admm_prune.runs.journal.world import FolderLock, random_state, restore_random_state
+from admm_prune.runs.journal.process_state import FolderLock, random_state, restore_random_state
 
 T = TypeVar("T")
 P = ParamSpec("P")

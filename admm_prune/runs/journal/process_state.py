@@ -1,4 +1,4 @@
-"""State of all random generators as JSON values, and a lock on a folder that ends with its process."""
+"""State of one process: a lock on a folder, which ends with it, and its random generators, as JSON values."""
 
 from __future__ import annotations
 
