@@ -42,14 +42,7 @@ def compare(
         baselines=baselines,
     )
     with common.resumable(out), shown_progress("comparing") as progress:
-        result = comparisons.compare(
-            settings,
-            out,
-            progress.count,
-            callbacks=Shown(progress),
-            resume=options["resume"],
-            overwrite=options["overwrite"],
-        )
+        result = comparisons.compare(settings, out, progress.count, callbacks=Shown(progress))
     if json:
         common.emit(result.as_json())
         return

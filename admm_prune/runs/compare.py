@@ -13,15 +13,11 @@ from torch import nn
 
 from admm_prune.data.durable import file_sha256
 from admm_prune.errors import UserError, check_installed
-from admm_prune.methods.allocation.rules import AllocationRule
-from admm_prune.methods.base import OnProgress, Recipe, Ridge, Runtime, Task
+from admm_prune.methods.base import OnProgress, Recipe, Runtime, Task
 from admm_prune.methods.callbacks import Callback, Callbacks
 from admm_prune.methods.elsa.engine import Engine
-from admm_prune.methods.joint import Joint
 from admm_prune.methods.parts import check_one_set
 from admm_prune.methods.registry import RECIPES, composed, recipe_named, with_baselines
-from admm_prune.methods.ridge import parse_ridge
-from admm_prune.methods.selection import Selection
 from admm_prune.methods.struprune.struprune import configured
 from admm_prune.methods.target import Target
 from admm_prune.models import evaluate as evaluation
@@ -36,9 +32,9 @@ from admm_prune.runs.machine import pick_device
 from admm_prune.runs.manifest import Phases, TextRecord, manifest
 from admm_prune.runs.report import REPORT_PACKAGES, write_report
 from admm_prune.runs.report.content import best_of_target
-from admm_prune.runs.resolved import described_parts, recorded_tasks, tasks_of
+from admm_prune.runs.resolved import SharedSettings, described_parts, named_texts, recorded_tasks, tasks_of
 from admm_prune.runs.results import Report
-from admm_prune.runs.texts import Texts, check_data, log_notes
+from admm_prune.runs.texts import Texts, log_notes
 from admm_prune.settings import Settings, TextSettings, options, recorded, recorded_names
 
 RECORDED = recorded_names("compare") | {"methods", "targets", "baselines"}  # of the settings in the manifest
@@ -92,15 +88,21 @@ class ComparisonSettings:
     """The settings of a comparison.
 
     Args:
-        run: the settings that all runs share; only those for which `compare` has options.
+        run: the settings that all runs share; only those for which `compare` has options, and texts may be objects. Its
+            `resume` and `overwrite` are those of the comparison.
         methods: the names of the methods.
         targets: every method prunes to each of them.
         baselines: if ELSA is among the methods, also compare its baselines: the dense model trained for as long, masked
             fine-tuning, and gradual pruning.
 
+    Attributes:
+        text: the settings of the texts, which name them.
+        passed: the texts that were passed as objects, by their role.
+        shared: the settings of pruning, parsed.
+
     Raises:
-        UserError: no text is given for the model, a pattern is not a regular expression, or `run` has a setting that
-            `compare` does not support.
+        UserError: no text is given for the model, the model is a module, a setting cannot be used, or `run` has one
+            that `compare` does not support.
     """
 
     run: Settings
@@ -108,23 +110,22 @@ class ComparisonSettings:
     targets: tuple[Target, ...]
     baselines: bool = True
     text: TextSettings = field(init=False)
-    selection: Selection = field(init=False)
-    allocation: AllocationRule | None = field(init=False)
-    joint: Joint = field(init=False)
-    ridge: Ridge = field(init=False)
+    passed: dict[str, Any] = field(init=False)
+    shared: SharedSettings = field(init=False)
     tasks: Tasks | None = field(init=False)
 
     def __post_init__(self) -> None:
         for name, declared in options(Settings).items():
             if "compare" not in declared.commands.split() and getattr(self.run, name) != declared.default:
                 raise UserError(f"a comparison takes no {name}: leave it out")
-        run = self.run
-        object.__setattr__(self, "text", run.text(data=check_data(run.data, run.model)))
-        object.__setattr__(self, "selection", Selection.of(run.targets, run.ignore, run.overrides or {}))
-        object.__setattr__(self, "allocation", AllocationRule.named(run.allocation, run.allocation_passes))
-        object.__setattr__(self, "joint", Joint.of(run.coordinate, run.refit))
-        object.__setattr__(self, "ridge", parse_ridge(run.ridge))
-        object.__setattr__(self, "tasks", tasks_of(run))
+        if not isinstance(self.run.model, str | Path):
+            raise UserError("a comparison loads the model for every run: give its folder or Hub id, not a module")
+        text, passed = named_texts(self.run)
+        parsed = {
+            "text": text, "passed": passed, "shared": SharedSettings.of(self.run), "tasks": tasks_of(self.run)
+        }  # fmt: skip
+        for name, value in parsed.items():
+            object.__setattr__(self, name, value)
 
     def recorded(self) -> dict[str, Any]:
         """The settings for the manifest, as JSON values."""
@@ -133,9 +134,9 @@ class ComparisonSettings:
             "compare",
             model=str(self.run.model),
             text=self.text,
-            selection=self.selection,
-            coordinate=self.joint.coordinate,
-            ridge=self.ridge,
+            selection=self.shared.selection,
+            coordinate=self.shared.joint.coordinate,
+            ridge=self.shared.ridge,
             **recorded_tasks(self.run, self.tasks),
             **described_parts(self.run, ("problem", "constraint")),
             methods=self.methods,
@@ -150,8 +151,6 @@ def compare(
     progress: OnProgress | None = None,
     *,
     callbacks: Callback | Sequence[Callback] = (),
-    resume: bool = False,
-    overwrite: bool = False,
 ) -> Comparison:
     """Prunes the model by every method to every target, on the same text, and writes models and report to `out`.
 
@@ -162,8 +161,6 @@ def compare(
         out: the output folder.
         progress: called with (runs done, all runs, name of the current run).
         callbacks: for the evaluation of the dense model and for the runs, as in `prune`.
-        resume: continue an interrupted comparison from the journal next to `out`, with the same settings.
-        overwrite: replace an earlier result in `out`, which is an error otherwise.
 
     Raises:
         UserError: the model, a method, a target, the text or `out` cannot be used, or a saved model does not have the
@@ -180,13 +177,13 @@ def compare(
         check_one_set(run.constraint, str(target) if target.pattern else None)
     check_apart(out, run.model, run.data, run.eval_data)
     device = pick_device(run.device)
-    with journal_of(out, resume=resume, overwrite=overwrite) as journal:
+    with journal_of(out, resume=run.resume, overwrite=run.overwrite) as journal:
         opened = partial(load, device=device, trust_remote_code=run.trust_remote_code)
         loaded = opened(model_name, dtype=run.dtype)
         parameters = sum(p.numel() for p in loaded.model.parameters())
         jobs = _jobs(recipes, targets, settings, loaded.model)
         log_notes(loaded)
-        texts = Texts(settings.text, loaded)
+        texts = Texts(settings.text, loaded, settings.passed)
         pruning_tasks = _pruning_tasks(settings, texts, jobs)
         record = manifest(settings.recorded(), _records(texts, recipes), loaded.revision, device)
         weights = fingerprint(loaded)
@@ -274,7 +271,7 @@ class _Runs:
                 record,
                 Phases(self.device, callback=self.callback),
                 tasks=settings.tasks,
-                allocation=settings.allocation if recipe.prunes else None,
+                allocation=settings.shared.allocation if recipe.prunes else None,
                 notes=texts.notes(recipe.samples),
             )
             with journal.output() as folder:
@@ -325,7 +322,7 @@ def _recipes(settings: ComparisonSettings) -> list[Recipe]:
         if "steps" in recipe.options:
             how = {"steps": run.steps, "distillation": run.distillation, "engine": Engine.of(run)}
         if recipe.prunes:
-            how |= {"problem": run.problem, "constraint": run.constraint, "joint": settings.joint}
+            how |= {"problem": run.problem, "constraint": run.constraint, "joint": settings.shared.joint}
         one = composed(recipe.name, **how)
         made.append(configured(one, run.unit, run.multiple) if "unit" in recipe.options else one)
     return made
@@ -335,13 +332,13 @@ def _jobs(
     recipes: Sequence[Recipe], targets: Sequence[Target], settings: ComparisonSettings, model: nn.Module
 ) -> list[tuple[Recipe, Target]]:
     """Every recipe with every target, checked; a baseline that prunes nothing has a single run."""
-    applied = [settings.selection.applied(model, target) for target in targets]
+    applied = [settings.shared.selection.applied(model, target) for target in targets]
     jobs: list[tuple[Recipe, Target]] = [(r, Target(sparsity=0.0)) for r in recipes if not r.prunes]
     jobs += [(recipe, target) for target in applied for recipe in recipes if recipe.prunes]
     for recipe, target in jobs:
         recipe.check(model, target)
-        if settings.allocation is not None and recipe.prunes:
-            settings.allocation.check(recipe, model, target)
+        if settings.shared.allocation is not None and recipe.prunes:
+            settings.shared.allocation.check(recipe, model, target)
     return jobs
 
 
@@ -358,7 +355,7 @@ def _pruning_tasks(settings: ComparisonSettings, texts: Texts, jobs: Sequence[tu
             target=target,
             calibration=texts.calibration(recipe.samples),
             seed=settings.text.seed,
-            ridge=settings.ridge if recipe.prunes else None,
+            ridge=settings.shared.ridge if recipe.prunes else None,
             bounds=settings.run.bounds and recipe.prunes,
         )
         obstacle = recipe.ridge_obstacle(task)

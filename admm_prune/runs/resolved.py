@@ -34,7 +34,32 @@ PARTS = ("solver", "problem", "constraint")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParsedSettings:
+class SharedSettings:
+    """The settings of pruning that are the same for every method and target, parsed and checked without the model."""
+
+    joint: Joint
+    selection: Selection
+    allocation: AllocationRule | None
+    ridge: Ridge
+
+    @classmethod
+    def of(cls, settings: Settings) -> SharedSettings:
+        """Parses the settings of a run.
+
+        Raises:
+            UserError: one of them cannot be used, or an option of tasks is given without tasks.
+        """
+        _check_tasks(settings)
+        return SharedSettings(
+            joint=Joint.of(settings.coordinate, settings.refit),
+            selection=Selection.of(settings.targets, settings.ignore, settings.overrides or {}),
+            allocation=AllocationRule.named(settings.allocation, settings.allocation_passes),
+            ridge=parse_ridge(settings.ridge),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedSettings(SharedSettings):
     """The settings of a run that say how a model is pruned, parsed and checked without the model.
 
     Attributes:
@@ -43,11 +68,7 @@ class ParsedSettings:
     """
 
     recipe: Recipe
-    joint: Joint
-    selection: Selection
     target: Target
-    allocation: AllocationRule | None
-    ridge: Ridge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +98,12 @@ def parsed(settings: Settings) -> ParsedSettings:
         UserError: a setting cannot be used, alone or with the others.
     """
     check_one_set(settings.constraint, settings.pattern)
-    _check_tasks(settings)
-    joint = Joint.of(settings.coordinate, settings.refit)
+    shared = SharedSettings.of(settings)
     names = ("steps", "distillation", *PARTS)
     given: dict[str, Any] = {name: getattr(settings, name) for name in names}
-    recipe = composed(settings.method, **given, engine=Engine.of(settings), joint=joint)
+    recipe = composed(settings.method, **given, engine=Engine.of(settings), joint=shared.joint)
     return ParsedSettings(
-        recipe=configured(recipe, settings.unit, settings.multiple),
-        joint=joint,
-        selection=Selection.of(settings.targets, settings.ignore, settings.overrides or {}),
-        target=_target(settings),
-        allocation=AllocationRule.named(settings.allocation, settings.allocation_passes),
-        ridge=parse_ridge(settings.ridge),
+        **vars(shared), recipe=configured(recipe, settings.unit, settings.multiple), target=_target(settings)
     )
 
 
@@ -107,8 +122,7 @@ def resolved(settings: Settings) -> ResolvedRun:
         )
     device = pick_device(settings.device) if isinstance(model, str | Path) else _device_of_module(settings)
     pruning = parsed(settings)
-    passed, (source, eval_source) = passed_from_python(settings.data, settings.eval_data)
-    text = settings.text(data=check_data(source, model), eval_data=eval_source)
+    text, passed = named_texts(settings)
     if settings.resume and out is None:
         raise UserError("only a run with --out can be resumed: its journal is beside that folder")
     if out is not None:
@@ -146,6 +160,16 @@ def _device_of_module(settings: Settings) -> str:
             "the model"
         )
     return str(weight.device)
+
+
+def named_texts(settings: Settings) -> tuple[TextSettings, dict[str, Any]]:
+    """The settings of the texts, which name them, and the texts that were passed as objects, by their role.
+
+    Raises:
+        UserError: no text is given for the model, or an object cannot be a text.
+    """
+    passed, (source, eval_source) = passed_from_python(settings.data, settings.eval_data)
+    return settings.text(data=check_data(source, settings.model), eval_data=eval_source), passed
 
 
 def described_parts(settings: Settings, names: Iterable[str]) -> dict[str, str | None]:

@@ -65,6 +65,10 @@ def settings(model_folder: Path, text_file: Path) -> ComparisonSettings:
     )
 
 
+def resumed(settings: ComparisonSettings, resume: bool = True) -> ComparisonSettings:
+    return replace(settings, run=replace(settings.run, resume=resume))
+
+
 def test_a_model_that_reloads_to_other_figures_is_a_defect_and_never_reported(
     tmp_path: Path, settings: ComparisonSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +110,7 @@ def test_a_comparison_that_breaks_off_after_any_record_goes_on_and_ends_as_it_wo
         records = Interruption(patch)
         while True:
             try:
-                compare(settings, out, resume=records.calls > 0)
+                compare(resumed(settings, records.calls > 0), out)
                 break
             except KeyboardInterrupt:
                 assert not out.exists()
@@ -117,7 +121,7 @@ def test_a_comparison_that_breaks_off_after_any_record_goes_on_and_ends_as_it_wo
         Interruption(patch, "output")
         with pytest.raises(KeyboardInterrupt):
             compare(settings, tmp_path / "second")
-    compare(settings, tmp_path / "second", resume=True)
+    compare(resumed(settings), tmp_path / "second")
     assert untimed(tmp_path / "second") == untimed(tmp_path / "whole")
 
 
@@ -130,7 +134,7 @@ def test_a_row_that_was_resumed_has_no_seconds(
         Interruption(patch, after=2)  # the dense model, and the first block of the first row
         with pytest.raises(KeyboardInterrupt):
             compare(settings, out)
-    first, second = compare(settings, out, resume=True).rows
+    first, second = compare(resumed(settings), out).rows
     assert first.seconds is None
     assert second.seconds is not None
     said = "No seconds and MiB are given where pruning was interrupted and resumed"
@@ -153,7 +157,7 @@ def test_a_comparison_goes_on_where_the_journal_of_a_row_was_being_deleted(
         patch.setattr("admm_prune.runs.journal.journal._remove", interrupted)
         with pytest.raises(KeyboardInterrupt):
             compare(settings, out)
-    assert [row.method for row in compare(settings, out, resume=True).rows] == ["magnitude", "sparsegpt"]
+    assert [row.method for row in compare(resumed(settings), out).rows] == ["magnitude", "sparsegpt"]
 
 
 def test_the_seconds_of_a_row_are_those_of_the_allocation_too(tmp_path: Path, settings: ComparisonSettings) -> None:
@@ -194,19 +198,35 @@ def test_a_comparison_is_resumed_only_with_what_it_was_begun_with(tmp_path: Path
     with pytest.raises(UserError, match="unfinished run: continue with --resume"):
         compare(settings, tmp_path / "out")
     with pytest.raises(UserError, match="was begun with methods"):
-        compare(replace(settings, methods=("magnitude",)), tmp_path / "out", resume=True)
+        compare(resumed(replace(settings, methods=("magnitude",))), tmp_path / "out")
     with pytest.raises(UserError, match="nothing to resume"):
-        compare(settings, tmp_path / "other", resume=True)
+        compare(resumed(settings), tmp_path / "other")
     first = tmp_path / "out.partial/checkpoints/models/magnitude-50/model.safetensors"
     content = first.read_bytes()
     first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=r"magnitude-50 is damaged or gone: delete .*out\.partial to start over"):
-        compare(settings, tmp_path / "out", resume=True)
+        compare(resumed(settings), tmp_path / "out")
     first.write_bytes(content)
-    assert [row.method for row in compare(settings, tmp_path / "out", resume=True).rows] == [
+    assert [row.method for row in compare(resumed(settings), tmp_path / "out").rows] == [
         "magnitude",
         "sparsegpt",
     ] * 2
+
+
+def test_a_comparison_reads_texts_from_python_and_no_module(
+    tmp_path: Path, settings: ComparisonSettings, text_file: Path
+) -> None:
+    texts = text_file.read_text().split("<|endoftext|>")
+    passed = replace(settings, run=replace(settings.run, data=texts[:-9], eval_data=texts[-9:]), methods=("wanda",))
+    compare(passed, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/admm_prune.json").read_text())
+    assert manifest["settings"]["text"]["data"] == manifest["settings"]["text"]["eval_data"] == "<python object>"
+    with pytest.raises(UserError, match="contains an earlier result"):
+        compare(passed, tmp_path / "out")
+    compare(replace(passed, run=replace(passed.run, overwrite=True)), tmp_path / "out")
+    loaded = load(str(settings.run.model))
+    with pytest.raises(UserError, match="give its folder or Hub id, not a module"):
+        replace(settings, run=replace(settings.run, model=loaded.model))
 
 
 def test_a_comparison_in_another_sparse_set_with_bounds(tmp_path: Path, settings: ComparisonSettings) -> None:
