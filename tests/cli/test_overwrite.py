@@ -21,6 +21,7 @@ from admm_prune.runs.journal.folder import MANIFEST
 from admm_prune.runs.journal.journal import home_of, journal_of
 from admm_prune.runs.layer import capture_layer, solve_path
 from admm_prune.runs.report.pages import write_difference
+from admm_prune.settings import Settings
 from tests.cli.outcome import Command, snapshot
 
 QUICK = ("--samples", 4, "--eval-samples", 2, "--device", "cpu")
@@ -94,7 +95,7 @@ def test_solve_asks_for_each_of_several_files(command: Command, place: Path, lay
     "function",
     [
         admm_prune.prune,
-        compare,
+        Settings,  # of a comparison too
         capture_layer,
         solve_path,
         pack,
@@ -129,7 +130,6 @@ def test_a_comparison_that_is_finished_stays(model_folder: Path, text_file: Path
     Path("out").mkdir()
     (Path("out") / MANIFEST).write_text("{}")
     from admm_prune.methods.target import Target
-    from admm_prune.settings import Settings
 
     settings = ComparisonSettings(
         run=Settings(str(model_folder), data=str(text_file)), methods=("magnitude",), targets=(Target(0.5),)
