@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from admm_prune.errors import UserError
 from admm_prune.prunable import kept_count
@@ -38,10 +39,14 @@ class Target:
 
     def at(self, name: str) -> Target | None:
         """The target of one weight; None if it is not pruned."""
-        text = dict(self.layers).get(name)
+        text = self._by_name.get(name)
         if text is None:
             return replace(self, layers=())
         return None if text == DENSE else target_named(text)
+
+    @cached_property
+    def _by_name(self) -> dict[str, str]:
+        return dict(self.layers)
 
     def of_pruned(self, name: str) -> Target:
         """The target of a weight that must be among those to prune."""
