@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from admm_prune.data.durable import give_default_mode, raising_os_errors
 from admm_prune.data.hub import check_hub, expanded, fetch, first_line, is_repository, quiet
 from admm_prune.errors import RemoteCodeError, UserError, named_extra
 from admm_prune.models.adapters import check_no_adapters
 from admm_prune.models.archive import PACK_MANIFEST
-from admm_prune.models.checkpoint import INDEX, SINGLE, Checkpoint, indexed
+from admm_prune.models.checkpoint import FLOATS, INDEX, SINGLE, Checkpoint, indexed
 from admm_prune.models.checks import check_causal, check_vocabulary, embedding_rows
 from admm_prune.models.families import per_layer_class
 from admm_prune.models.gguf_file import check_all_read, check_gguf, dequantized, is_gguf, place_of
@@ -395,6 +395,13 @@ def _check_weights(kind: str, model: Any) -> None:
         if parameter.is_meta:
             raise UserError(
                 f"{kind}: the weight {name} is not in memory but offloaded or on the meta device: {_FOLDER}"
+            )
+        plain = type(parameter.data) is Tensor
+        if not plain or parameter.dtype not in FLOATS.values():
+            form = parameter.dtype if plain else type(parameter.data).__name__
+            raise UserError(
+                f"{kind}: the weight {name} is quantized or not a float of 16 bits or more ({form}), and cannot be "
+                "pruned: load the model without quantization, or call model.dequantize() first"
             )
         devices.add(parameter.device)
     if len(devices) > 1:

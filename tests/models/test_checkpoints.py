@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -454,6 +454,19 @@ def on_meta(_: Path) -> PreTrainedModel:
         return LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
 
 
+def with_weight(weight: Tensor) -> Callable[[Path], PreTrainedModel]:
+    def build_it(_: Path) -> PreTrainedModel:
+        model = llama()
+        model.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight, requires_grad=False)
+        return model
+
+    return build_it
+
+
+class Packed(Tensor):
+    """As the tensors of torchao, which have the dtype of the numbers that they stand for."""
+
+
 def partly_in_training(_: Path) -> PreTrainedModel:
     model = llama()
     model.model.train()
@@ -466,6 +479,12 @@ def partly_in_training(_: Path) -> PreTrainedModel:
     [
         (offloaded, r"is not in memory but offloaded or on the meta device: .*stream=True"),
         (on_meta, r"is not in memory but offloaded or on the meta device: .*stream=True"),
+        (
+            with_weight(torch.zeros(4, 4, dtype=torch.float8_e4m3fn)),
+            r"up_proj.weight is quantized or .*\(torch.float8_e4m3fn\).*: load the model without quantization",
+        ),
+        (with_weight(torch.zeros(4, 4, dtype=torch.uint8)), r"up_proj.weight is quantized or .*\(torch.uint8\)"),
+        (with_weight(torch.zeros(4, 4).as_subclass(Packed)), r"up_proj.weight is quantized or .*\(Packed\)"),
         (partly_in_training, r"in training mode.*call model.eval\(\)"),
         (lambda _: LlamaModel(LlamaConfig(**SMALL)).eval(), "gives no logits for the next token.*AutoModelForCausalLM"),
         (
@@ -477,7 +496,20 @@ def partly_in_training(_: Path) -> PreTrainedModel:
         (lambda _: nn.Linear(4, 4).eval(), "Linear is not a model of transformers"),
         (lambda _: llama(vocab_size=200), "has 300 token ids, but the model has embeddings for 200"),
     ],
-    ids=["offloaded", "meta", "training", "no head", "classifies text", "classifies tokens", "encoder", "layer", "ids"],
+    ids=[
+        "offloaded",
+        "meta",
+        "float8",
+        "integers",
+        "subclass",
+        "training",
+        "no head",
+        "classifies text",
+        "classifies tokens",
+        "encoder",
+        "layer",
+        "ids",
+    ],
 )
 def test_modules_that_cannot_be_pruned_in_place(
     model: Callable[[Path], nn.Module],
