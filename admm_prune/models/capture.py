@@ -257,7 +257,8 @@ class BlockStream:
         Args:
             weights: that follow one another, in an order in which the block calls them.
             targets: target outputs of the block, from `collect`: the second of a pair is then the output of the last
-                weight that gives them, if the block adds it to its residual stream. The weights are not multiplied.
+                weight that gives them, if the block adds it to its residual stream, in at least float32. The weights
+                are not multiplied.
 
         Returns:
             (n, in) and (n, out) for every part.
@@ -285,7 +286,8 @@ class BlockStream:
                     outputs.append(seen[1].reshape(-1, seen[1].shape[-1])[mask])
                 else:
                     residual = hidden[state.mask]
-                    outputs.append(targets[part][done : done + len(residual)] - residual)
+                    wide = torch.promote_types(residual.dtype, torch.float32)
+                    outputs.append(targets[part][done : done + len(residual)].to(wide) - residual)
                     done += len(residual)
             if states:
                 pairs[part] = (torch.cat(inputs), torch.cat(outputs))

@@ -132,6 +132,19 @@ def test_the_wanted_output_makes_up_for_what_attention_lost(family: str, stories
     assert torch.allclose(pruned["calibration"] - own[1] + targets, dense["calibration"], atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_targets_are_differences_in_float32(dtype: torch.dtype, stories: Sequences) -> None:
+    """The dense output less such a target is the residual stream, to the bit."""
+    model = build("llama").to(dtype)
+    blocks, networks = decoder_blocks(model), found_in(model)
+    stream = BlockStream(model, blocks, stories, "cpu", validation_fraction=0.3)
+    dense: dict[str, Tensor] = {}
+    stream.collect(0, outputs=dense)
+    _, targets = stream.pairs(0, networks[0].weights, dense)["calibration"]
+    residual = dense["calibration"].float() - targets
+    assert torch.equal(residual, residual.to(dtype).float())
+
+
 def test_a_norm_after_the_sum_is_noticed(stories: Sequences) -> None:
     model = build("opt-post-norm-untied")
     blocks = decoder_blocks(model)
