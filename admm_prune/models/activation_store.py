@@ -21,7 +21,7 @@ from admm_prune.data.durable import writing
 from admm_prune.data.sequences import Batch
 from admm_prune.errors import UserError
 from admm_prune.models.streaming import Offloading
-from admm_prune.models.structure import Block
+from admm_prune.models.structure import Block, replaced_forward
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Wrap = Callable[[Tensor], Any]  # hidden states in the form in which a block returns them
@@ -214,18 +214,10 @@ def block_output(model: nn.Module, block: Block, ids: Tensor) -> Any:
 @contextmanager
 def passed_by(blocks: list[Block], wrap: Wrap, last: Tensor | None = None) -> Generator[None]:
     """Makes blocks return their inputs; the first returns `last` instead, if given."""
-    forwards = {block.name: block.module.__dict__.get("forward") for block in blocks}  # of hooks that replace it
-    for number, block in enumerate(blocks):
-        block.module.forward = _passing(wrap, last if number == 0 else None)
-    try:
+    with ExitStack() as stack:
+        for number, block in enumerate(blocks):
+            stack.enter_context(replaced_forward(block.module, _passing(wrap, last if number == 0 else None)))
         yield
-    finally:
-        for block in blocks:
-            forward = forwards[block.name]
-            if forward is None:
-                del block.module.forward
-            else:
-                block.module.forward = forward
 
 
 @contextmanager

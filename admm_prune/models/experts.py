@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from admm_prune.errors import UserError
-from admm_prune.models.structure import WeightView
+from admm_prune.models.structure import WeightView, replaced_forward
 
 _LINEAR = torch.nn.functional.linear
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -97,11 +97,8 @@ def _in_shares(
             observe(number, x.new_empty(rows, view.shape[1]))
         return torch.empty_like(x)
 
-    module.forward = in_shares
-    try:
+    with replaced_forward(module, in_shares):
         yield
-    finally:
-        del module.forward
 
 
 class _Gate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.ridge import GRID
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
+from admm_prune.models.experts import routed
 from admm_prune.models.inputs import SharedInput
 from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.solvers import together
@@ -89,6 +91,17 @@ def test_collecting_leaves_the_kernel_and_no_hook(stories: Sequences) -> None:
     assert all(torch.equal(a.statistics.gram, second[name].statistics.gram) for name, a in first.items())
     assert model.config._experts_implementation == "grouped_mm"
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_forward_of_the_module_itself_is_restored() -> None:
+    """On the meta device the forward of experts is replaced while their inputs are observed."""
+    model = build("mixtral").to("meta")
+    views = {i: view for i, view in enumerate(decoder_blocks(model)[0].weights) if view.expert is not None}
+    module: Any = next(iter(views.values())).module
+    given = module.forward = partial(type(module).forward, module)
+    with routed(views, lambda *_: None, lambda: torch.ones(1, dtype=torch.bool), everything=False):
+        assert module.forward is not given
+    assert module.forward is given
 
 
 def test_experts_that_are_not_told_their_tokens_are_refused(stories: Sequences) -> None:
