@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from admm_prune.errors import UserError
 from admm_prune.models.activation_store import BatchState, StopForwardError, in_dtype
-from admm_prune.models.families import HEAD_SIZE
 from admm_prune.models.structure import Block, WeightView
+from admm_prune.models.sublayers import NO_KEYS, by_module, head_size, module_named
 
 _LINEAR = 1e-3  # by which a map that is linear may miss additivity, in float32
 
@@ -46,15 +46,10 @@ def attention_views(block: Block) -> tuple[AttentionViews, ...]:
     Raises:
         UserError: there is no such module, or more than one, or it keeps queries, keys and values in one matrix.
     """
-    modules: dict[str, list[WeightView]] = {}
-    for view in block.weights:
-        if view.expert is None:
-            modules.setdefault(view.module_name.rpartition(".")[0], []).append(view)
     candidates: list[tuple[AttentionViews, ...]] = []
-    for name, views in modules.items():
-        module = block.module.get_submodule(name.removeprefix(block.name).removeprefix("."))
-        sizes = (getattr(module, attribute, None) for attribute in HEAD_SIZE)
-        size = next((size for size in sizes if isinstance(size, int)), None)
+    for name, views in by_module(block).items():
+        module = module_named(block, name)
+        size = head_size(module)
         if size is None:
             continue
         if "A_log" in dict(module.named_parameters(recurse=False)):
@@ -63,7 +58,7 @@ def attention_views(block: Block) -> tuple[AttentionViews, ...]:
             joined = max(views, key=lambda view: view.shape[0])
             why = f"{joined.name} holds queries, keys and values in one matrix"
             if views[0].shape == views[1].shape[::-1]:
-                why = f"{name} has no keys and values of its own, it reads those of another block"
+                why = f"{name} {NO_KEYS}"
             raise UserError(_refusal(block, why))
         if len(views) == 4:
             inner, output = (views[2], *views[:2]), views[3]

@@ -24,7 +24,7 @@ ACTIVATION_NAMES: Mapping[str, str] = {"silu": "silu", "swish": "silu", "relu": 
 # Attributes of modules: the size of a head (a module that has one is an attention), and numbers of heads or neurons
 # that are read in the forward pass.
 HEAD_SIZE = ("head_dim", "head_size")
-UNIT_COUNTS = (
+GROUP_COUNTS = (
     "num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "intermediate_size", "ffn_dim",
 )  # fmt: skip
 

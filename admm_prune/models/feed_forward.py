@@ -179,6 +179,6 @@ def _parts(
 
 
 def _relative_difference(value: Tensor, reference: Tensor) -> float:
-    """|value - wanted| / |wanted|, 0 where both vanish."""
+    """|value - reference| / |reference|, 0 where both vanish."""
     distance = float((value.double() - reference.double()).norm())
     return distance / (float(reference.double().norm()) or 1.0)

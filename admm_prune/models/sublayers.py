@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from admm_prune.errors import UserError
-from admm_prune.models.families import GROUPED_BY_KEY_HEAD, HEAD_SIZE, UNIT_COUNTS
+from admm_prune.models.families import GROUP_COUNTS, GROUPED_BY_KEY_HEAD, HEAD_SIZE
 from admm_prune.models.parallel import World
 from admm_prune.models.structure import Block, WeightView
 from admm_prune.ops.group_compensation import columns_of
@@ -22,6 +22,7 @@ from admm_prune.ops.group_compensation import columns_of
 Kind = Literal["neurons", "heads"]
 Unit = Literal["parameters", "bytes", "kv-cache", "flops", "latency"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
+NO_KEYS = "has no keys and values of its own, it reads those of another block"
 _WIDTHS, _REPEATS = 9, 5  # widths whose time is measured, and repeats; interpolated in between
 
 
@@ -29,7 +30,7 @@ _WIDTHS, _REPEATS = 9, 5  # widths whose time is measured, and repeats; interpol
 class Sublayer:
     """The feed-forward part or the attention of a block, as groups that reach its outputs only by their own columns.
 
-    A unit is a neuron, or a key head with its value head and all query heads that read them. The rows of each inner
+    A group is a neuron, or a key head with its value head and all query heads that read them. The rows of each inner
     matrix, and the columns of the output matrix, belong to the groups in equal consecutive parts.
 
     Attributes:
@@ -38,7 +39,7 @@ class Sublayer:
         inner: the matrices (rows, d) that read the residual stream; gate and up may be the halves of one weight.
         output: the matrix (d, columns) that writes to it.
         size: of a head; 1 for a neuron.
-        queries: query heads of a unit; 1 for a neuron.
+        queries: query heads of a group; 1 for a neuron.
     """
 
     name: str
@@ -56,12 +57,12 @@ class Sublayer:
 
     @property
     def width(self) -> int:
-        """Columns of the output matrix that belong to a unit."""
+        """Columns of the output matrix that belong to a group."""
         return self.queries * self.size
 
     @property
-    def unit_weights(self) -> int:
-        """Entries of all matrices that belong to a unit."""
+    def group_weights(self) -> int:
+        """Entries of all matrices that belong to a group."""
         return sum(view.read().numel() for view in (*self.inner, self.output)) // self.count
 
 
@@ -81,9 +82,9 @@ def sublayers(block: Block) -> tuple[Sublayer, ...]:
 
 def feed_forward_part(block: Block) -> Sublayer | None:
     """The first feed-forward part of a block, whatever its other modules are; None if it has none."""
-    for name, views in _by_module(block).items():
-        module = _owner(block, name)
-        part = _neurons(name, module, views) if _head_size(module) is None else None
+    for name, views in by_module(block).items():
+        module = module_named(block, name)
+        part = _neurons(name, module, views) if head_size(module) is None else None
         if part is not None:
             return part
     return None
@@ -96,13 +97,13 @@ def heads_stay(block: Block) -> str | None:
 
 def _read(block: Block) -> list[Sublayer | str]:
     parts: list[Sublayer | str] = []
-    for name, views in _by_module(block).items():
-        module = _owner(block, name)
+    for name, views in by_module(block).items():
+        module = module_named(block, name)
         if any(view.expert is not None for view in views):
             raise UserError(
                 f"{name} is a mixture of experts, which has no structured groups: use a method that prunes weights"
             )
-        size = _head_size(module)
+        size = head_size(module)
         if size is None:
             read: Sublayer | str | None = _neurons(name, module, views)
             if read is not None and module is not block.module:
@@ -118,18 +119,18 @@ def _read(block: Block) -> list[Sublayer | str]:
     return parts
 
 
-def _owner(block: Block, name: str) -> nn.Module:
+def module_named(block: Block, name: str) -> nn.Module:
     """The module of a block by its full name."""
     return block.module.get_submodule(name.removeprefix(block.name).removeprefix("."))
 
 
-def _head_size(module: nn.Module) -> int | None:
+def head_size(module: nn.Module) -> int | None:
     """The size of a head, as an attention has it; None for other modules."""
     sizes = (getattr(module, attribute, None) for attribute in HEAD_SIZE)
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
-def _by_module(block: Block) -> dict[str, list[WeightView]]:
+def by_module(block: Block) -> dict[str, list[WeightView]]:
     """The matrices by the name of the module that holds them, in the order of the block."""
     grouped: dict[str, list[WeightView]] = {}
     for view in block.weights:
@@ -165,7 +166,7 @@ def _heads(name: str, module: Any, views: list[WeightView], size: int) -> Sublay
         if "A_log" in dict(module.named_parameters(recurse=False)):
             return f"{name} is a state space model"
         if inner[0].shape == output.shape[::-1]:
-            return f"{name} has no keys and values of its own, it reads those of another block"
+            return f"{name} {NO_KEYS}"
         if type(module).__name__ not in GROUPED_BY_KEY_HEAD:
             return f"{name} keeps queries, keys and values in one matrix"
         keys = (inner[0].shape[0] - columns) // 2 // size
@@ -234,7 +235,7 @@ def _replace(view: WeightView, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _rescale(sublayer: Sublayer, share: float) -> None:
-    for name in UNIT_COUNTS:
+    for name in GROUP_COUNTS:
         count = getattr(sublayer.module, name, None)
         if isinstance(count, int):
             setattr(sublayer.module, name, round(count * share))
@@ -257,14 +258,14 @@ def savings(sublayer: Sublayer, unit: Unit, *, tokens: int = 2048) -> Tensor:
     k = torch.arange(sublayer.count + 1, dtype=torch.float64)
     element = sublayer.output.parameter.element_size()
     if unit == "parameters":
-        return k * sublayer.unit_weights
+        return k * sublayer.group_weights
     if unit == "bytes":
-        return k * sublayer.unit_weights * element
+        return k * sublayer.group_weights * element
     if unit == "kv-cache":
         return k * (2 * sublayer.size * element if sublayer.kind == "heads" else 0)
     if unit == "flops":
         attention = 4 * sublayer.width * tokens / 2 if sublayer.kind == "heads" else 0
-        return k * (2 * sublayer.unit_weights + attention)
+        return k * (2 * sublayer.group_weights + attention)
     if unit == "latency":
         shapes = tuple((view.shape[0] // sublayer.count, view.shape[1]) for view in sublayer.inner)
         weight = sublayer.output.parameter

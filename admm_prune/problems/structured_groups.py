@@ -1,4 +1,4 @@
-"""Group reconstruction: preserve the outputs of a module while whole groups of its inner units are removed."""
+"""Group reconstruction: preserve the outputs of a module while structured groups of its columns are removed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from admm_prune.statistics import centred
 
 
 class GroupReconstruction(LayerReconstruction):
-    """min_{V in C} ||X V^T + 1 b^T - Y||_F^2 + damping, V the output matrix of a module, C a set of column groups.
+    """min_{V in C} ||X V^T + 1 b^T - Y||_F^2 + damping, V the output matrix of a module, Y = X W^T its dense output, b
+    the change of its bias, and C the matrices in which a number of column groups are zero.
 
-    A unit of the module (a neuron of the feed-forward part, a group of heads that share a key and a value) reaches the
-    residual stream through its own columns of V alone (down projection, attention output). So structured pruning is a
-    selection of column groups, and once they are zero all other weights of the unit can be removed without an error.
+    A structured group of the module (a neuron of the feed-forward part, or the heads that share a key and a value)
+    reaches the residual stream through its own columns of V alone (down projection, attention output). So structured
+    pruning is a selection of column groups, and once they are zero all other weights of these groups can be removed
+    without an error.
 
     Where the module has an output bias, X V^T is matched up to a constant, which the bias absorbs: then H is the
     centred Gram X^T X - n mu mu^T, and the bias moves by (W - V) mu.

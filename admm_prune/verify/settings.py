@@ -119,7 +119,7 @@ def check_settings(report: Verification, model: nn.Module, manifest: Manifest) -
     target = target_of(manifest, model)
     if target is None or "target" not in settings:
         return  # reported elsewhere
-    if manifest["details"].get("units"):  # methods that remove units take no selection
+    if manifest["details"].get("units"):  # methods that remove groups take no selection
         report.agree("selection", settings["target"]["layers"], [])
         return
     try:

@@ -55,7 +55,7 @@ def test_what_is_saved_is_smaller_loads_again_and_is_verified(
         model_folder, method=recipe.name, sparsity=0.3, data=str(text_file), samples=20, out=tmp_path / "out"
     )
     block = decoder_blocks(load(str(model_folder)).model)[0]
-    group = max(sublayer.unit_weights for sublayer in sublayers(block)) * (2 if recipe.uniform else 1)
+    group = max(sublayer.group_weights for sublayer in sublayers(block)) * (2 if recipe.uniform else 1)
     assert 0.3 <= report.sparsity < 0.3 + group / report.block_weights
     stock = report.details["form"] != "per-layer"
     assert stock or recipe.form == "per-layer"

@@ -1,4 +1,4 @@
-"""Units found, sliced off, padded back; and models of unlike blocks that load again to the bit."""
+"""Groups found, sliced off, padded back; and models of unlike blocks that load again to the bit."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def sliced(family: str, *, uniform: bool = False) -> tuple[PreTrainedModel, list
 
 def zero_units(sublayer: Sublayer, gone: set[int]) -> None:
     weight = sublayer.output.read().clone()
-    for unit in gone:
-        weight[:, unit * sublayer.width : (unit + 1) * sublayer.width] = 0
+    for group in gone:
+        weight[:, group * sublayer.width : (group + 1) * sublayer.width] = 0
     sublayer.output.write(weight)
 
 
@@ -78,10 +78,10 @@ def test_units_are_neurons_and_heads_with_their_queries(family: str) -> None:
     assert (heads.kind, heads.count, heads.queries) == ("heads", 2 if grouped else 4, 2 if grouped else 1)
     assert heads.width == heads.queries * heads.size
     assert (neurons.kind, neurons.count, neurons.width, neurons.queries) == ("neurons", 24, 1, 1)
-    assert neurons.unit_weights == (3 if grouped else 2) * 16
-    assert heads.unit_weights == (2 * heads.queries + 2) * 16 * heads.size
+    assert neurons.group_weights == (3 if grouped else 2) * 16
+    assert heads.group_weights == (2 * heads.queries + 2) * 16 * heads.size
     everything = sum(view.parameter.numel() for view in decoder_blocks(build(family))[0].weights)
-    assert heads.unit_weights * heads.count + neurons.unit_weights * neurons.count == everything
+    assert heads.group_weights * heads.count + neurons.group_weights * neurons.count == everything
 
 
 @pytest.mark.parametrize("family", [*PRUNABLE, *MORE])
@@ -89,7 +89,7 @@ def test_a_sliced_model_is_the_masked_model(family: str) -> None:
     model, parts = sliced(family)
     assert float((logits(model) - logits(masked(family))).abs().max()) <= 1e-5
     assert parts[0][-1].count == (32 if family == "bloom" else 12)
-    assert len({frozenset(units.items()) for units in groups_by_block(parts)}) == 3, "no two blocks are alike"
+    assert len({frozenset(groups.items()) for groups in groups_by_block(parts)}) == 3, "no two blocks are alike"
     fewer = sum(p.numel() for p in model.parameters())
     assert fewer < sum(p.numel() for p in build(family).parameters())
 
