@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
@@ -15,6 +15,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.target import Target
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import IN_MEMORY, Offloading
+from admm_prune.models.structure import Block, WeightView
 from admm_prune.result import Convergence, Diagnosis
 
 if TYPE_CHECKING:
@@ -232,6 +233,18 @@ class LayerReport:
         parts["diagnosis"] = tuple(Diagnosis(**finding) for finding in content["diagnosis"])
         parts["convergence"] = columns and Convergence(**{name: tuple(column) for name, column in columns.items()})
         return cls(**{**content, **parts})
+
+
+def report_of(view: WeightView, dense_shape: tuple[int, int]) -> LayerReport:
+    """The report of a matrix for which no problem was solved, such as one that lost rows or is unchanged."""
+    left = int(view.read().count_nonzero())
+    return LayerReport(name=view.name, shape=dense_shape, sparsity=1 - left / (dense_shape[0] * dense_shape[1]))
+
+
+def untouched(block: Block, pruned: Collection[str]) -> list[LayerReport]:
+    """Reports for the weights of a block that are not selected for pruning."""
+    left = [view for view in block.weights if view.name not in pruned]
+    return [replace(report_of(view, view.shape), notes=("not selected: left unchanged",)) for view in left]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -24,6 +24,7 @@ from admm_prune.methods.base import (
     Stages,
     Task,
     TextUse,
+    untouched,
 )
 from admm_prune.methods.block_loop import BlockResult, PassSettings, for_each_block
 from admm_prune.methods.joint import Joint
@@ -31,7 +32,6 @@ from admm_prune.methods.local import Method, with_parts
 from admm_prune.methods.part_checks import Part, check_result, check_set, explained_parts, is_foreign, suppress_refusals
 from admm_prune.methods.parts import ProblemLike, SetLike
 from admm_prune.methods.ridge import Damping, settle_ridge
-from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.inputs import SharedInput, check_tokens_known
@@ -206,12 +206,6 @@ def _check_shape(constraint: Constraint, shape: tuple[int, int]) -> None:
         constraint.contains(Point(weight=torch.zeros(1, shape[1])))  # inexpensive, and enough for most sets
     except ValueError:  # blocks of several rows need the whole matrix
         constraint.contains(Point(weight=torch.zeros(()).expand(shape)))
-
-
-def untouched(block: Block, pruned: Collection[str]) -> list[LayerReport]:
-    """Reports for the weights of a block that are not selected for pruning."""
-    left = [view for view in block.weights if view.name not in pruned]
-    return [replace(report_of(view, view.shape), notes=("not selected: left unchanged",)) for view in left]
 
 
 def prune_shared(shared: SharedInput, method: Method, task: Task) -> list[LayerReport]:

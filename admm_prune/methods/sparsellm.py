@@ -16,15 +16,24 @@ from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Capabilities, LayerReport, Outcome, Runtime, Stages, Task
+from admm_prune.methods.base import (
+    IN_PROCESS,
+    Capabilities,
+    LayerReport,
+    Outcome,
+    Runtime,
+    Stages,
+    Task,
+    report_of,
+    untouched,
+)
 from admm_prune.methods.block_loop import BlockResult, for_each_block
 from admm_prune.methods.joint import STEPS, Joint
-from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, untouched, uses_ridge
+from admm_prune.methods.layerwise import Layerwise, check_target, prune_all, uses_ridge
 from admm_prune.methods.local import LOCAL_METHODS, Method, with_parts
 from admm_prune.methods.part_checks import Checked
 from admm_prune.methods.parts import ProblemLike, SetLike
 from admm_prune.methods.ridge import settle_ridge
-from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.feed_forward import FeedForwardViews, feed_forward, feed_forwards

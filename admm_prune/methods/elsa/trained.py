@@ -12,13 +12,23 @@ import torch
 from torch import nn
 
 from admm_prune.errors import UserError
-from admm_prune.methods.base import IN_PROCESS, Budget, Capabilities, Outcome, Recipe, Runtime, Stages, Task, TextUse
+from admm_prune.methods.base import (
+    IN_PROCESS,
+    Budget,
+    Capabilities,
+    Outcome,
+    Recipe,
+    Runtime,
+    Stages,
+    Task,
+    TextUse,
+    report_of,
+    untouched,
+)
 from admm_prune.methods.elsa.checkpoints import Checkpoints
 from admm_prune.methods.elsa.engine import Engine, float32_weights, teacher_of
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trainer import DEFAULT_RATE, GRADIENTS, Trainer, measured_rate, passes, trainable
-from admm_prune.methods.layerwise import untouched
-from admm_prune.methods.struprune.sublayer import report_of
 from admm_prune.methods.target import Target
 from admm_prune.models.losses import Distillation, next_token_loss
 from admm_prune.models.sharded import ShardedModel

@@ -27,10 +27,11 @@ from admm_prune.methods.base import (
     Runtime,
     Stages,
     Task,
+    report_of,
 )
 from admm_prune.methods.block_loop import BlockResult, PassSettings, for_each_block
 from admm_prune.methods.struprune.selectors import Selector
-from admm_prune.methods.struprune.sublayer import Pruner, check_slicing, report_of
+from admm_prune.methods.struprune.sublayer import Pruner, check_slicing
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.export import Form, admits, check_exportable, export, groups_by_block
@@ -102,7 +103,7 @@ class StruPrune(Capabilities):
     def streaming_obstacle(self) -> str | None:
         if self.form != "padded":
             return None
-        return f"{self.name} pads to the widest block, which is known only at the end: choose struprune"
+        return f"{self.name} pads to the widest block, which is known only at the end: use --no-stream or struprune"
 
     def check(self, model: nn.Module, target: Target) -> None:
         if target.layers:
@@ -114,7 +115,7 @@ class StruPrune(Capabilities):
         parts = [sublayers(block) for block in decoder_blocks(model)]
         if not self.uniform:
             check_exportable(model, self.form)
-        elif any(units != groups_by_block(parts)[0] for units in groups_by_block(parts)):
+        elif any(groups != groups_by_block(parts)[0] for groups in groups_by_block(parts)):
             raise UserError(f"{self.name}: the blocks differ already and cannot lose the same number of groups each")
         curves = {sublayer.name: self._curve(model, sublayer) for block in parts for sublayer in block}
         self._allocate(model, parts, curves, target)
@@ -136,10 +137,9 @@ class StruPrune(Capabilities):
             curves: the result of `measure` on the same model and text, for any target; None to measure them now.
         """
         self.check(model, task.target)
-        if self.form == "padded" and runtime.offloading.is_offloaded:
-            raise UserError(
-                "padding needs the widest block, which is known only at the end: use --no-stream, or another method"
-            )
+        obstacle = self.streaming_obstacle()
+        if runtime.offloading.is_offloaded and obstacle is not None:
+            raise UserError(obstacle)
         pruner = self._pruner(task, runtime)
         blocks = decoder_blocks(model)
         parts = [sublayers(block) for block in blocks]

@@ -21,7 +21,7 @@ from admm_prune.methods.struprune.selectors import Selector
 from admm_prune.models.activation_store import ActivationStore, record, returned_form
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.streaming import Offloading
-from admm_prune.models.structure import Block, WeightView
+from admm_prune.models.structure import Block
 from admm_prune.models.sublayers import Sublayer, keep_groups, sublayers
 from admm_prune.point import Point
 from admm_prune.problems.constraints import Groups
@@ -160,7 +160,7 @@ def check_slicing(model: nn.Module, blocks: list[Block], offloading: Offloading,
     (flow,) = record(
         model,
         blocks,
-        [("units", batch)],
+        [("groups", batch)],
         device,
         offloading=offloading,
         wrap=returned_form(model, blocks, device, offloading),
@@ -212,12 +212,6 @@ def _solution(sublayer: Sublayer) -> Iterator[Tensor]:
     yield sublayer.output.read()
     if sublayer.output.bias is not None:
         yield sublayer.output.bias.detach()
-
-
-def report_of(view: WeightView, dense_shape: tuple[int, int]) -> LayerReport:
-    """The report of a matrix for which no problem was solved, such as one that lost rows or is unchanged."""
-    left = int(view.read().count_nonzero())
-    return LayerReport(name=view.name, shape=dense_shape, sparsity=1 - left / (dense_shape[0] * dense_shape[1]))
 
 
 def _check_unchanged(sublayer: Sublayer, masked: Tensor, sliced: Tensor) -> None:
