@@ -243,6 +243,20 @@ def test_gradients_that_are_not_finite_are_refused() -> None:
         AllocationRule("fisher").applied(model, task(Target(sparsity=0.6)), IN_PROCESS)
 
 
+def test_the_model_is_dense_again_after_an_error() -> None:
+    model, asked = build("llama", layers=2), task(Target(sparsity=0.5))
+    before = weights(model)
+
+    def loss() -> float:
+        raise UserError("interrupted")
+
+    with pytest.raises(UserError, match="interrupted"):
+        measurements.levels(
+            model, asked, IN_PROCESS, {name: [Target(sparsity=0.5)] for name in before}, loss=loss, reference=0
+        )
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+
+
 def test_the_errors_of_a_level_are_those_of_pruning_alone() -> None:
     """In the first block, whose inputs are dense in any run."""
     model, asked = build("llama", layers=2), task(Target(sparsity=0.5))

@@ -89,7 +89,7 @@ def levels(
     part: str = "levels",
 ) -> Levels:
     """Prunes each matrix to all levels of its path by one solve, block after block, and measures the errors. The model
-    is dense again afterwards.
+    is dense again afterwards, also after an error.
 
     Args:
         path: the targets of the levels, by the name of the matrix.
@@ -108,30 +108,36 @@ def levels(
         chosen = {view.name for view in block.weights if view.name in path}
         tensors: dict[str, Tensor] = {}
         dense: list[tuple[WeightView, Tensor]] = []
-        for shared in stream.collect(index, chosen) if chosen else ():
-            gram = shared.statistics.gram
-            pruned = _pruned(shared, path)
-            for view in shared.weights:
-                original = view.read().clone()
-                dense.append((view, original))
-                changes = [w.to(gram) - original.to(gram) for w in (*pruned[view.name], torch.zeros_like(original))]
-                tensors[f"rows/{view.name}"] = torch.stack(
-                    [((change @ gram) * change).sum(1).double().clamp_min(0.0) for change in changes]
-                ).cpu()
-                tensors[f"trace/{view.name}"] = gram.diagonal().double().sum().cpu()
-                if gradients is not None:
-                    gradient = gradients[view.name].double()
-                    tensors[f"first/{view.name}"] = torch.stack([(change * gradient).sum() for change in changes]).cpu()
-                if keep:
-                    stored = (w.to(original.dtype).cpu() for w in pruned[view.name])
-                    tensors |= {f"{k}/{view.name}": w for k, w in enumerate(stored)}
-                if loss is not None:
-                    view.write(pruned[view.name][reference])
         measured = None
-        if loss is not None and dense:
-            measured = loss()
-            for view, original in dense:
-                view.write(original)
+        try:
+            for shared in stream.collect(index, chosen) if chosen else ():
+                gram = shared.statistics.gram
+                pruned = _pruned(shared, path)
+                for view in shared.weights:
+                    original = view.read().clone()
+                    dense.append((view, original))
+                    every = (*pruned[view.name], torch.zeros_like(original))
+                    changes = [w.to(gram) - original.to(gram) for w in every]
+                    tensors[f"rows/{view.name}"] = torch.stack(
+                        [((change @ gram) * change).sum(1).double().clamp_min(0.0) for change in changes]
+                    ).cpu()
+                    tensors[f"trace/{view.name}"] = gram.diagonal().double().sum().cpu()
+                    if gradients is not None:
+                        gradient = gradients[view.name].double()
+                        tensors[f"first/{view.name}"] = torch.stack(
+                            [(change * gradient).sum() for change in changes]
+                        ).cpu()
+                    if keep:
+                        stored = (w.to(original.dtype).cpu() for w in pruned[view.name])
+                        tensors |= {f"{k}/{view.name}": w for k, w in enumerate(stored)}
+                    if loss is not None:
+                        view.write(pruned[view.name][reference])
+            if loss is not None and dense:
+                measured = loss()
+        finally:
+            if loss is not None:
+                for view, original in dense:
+                    view.write(original)
         stream.advance(index)
         return BlockResult(details={"loss": measured}, tensors=tensors)
 
