@@ -12,6 +12,7 @@ from torch import nn
 
 from admm_prune.data.sequences import Row, Sequences
 from admm_prune.errors import UserError
+from admm_prune.methods import ridge
 from admm_prune.methods.base import Ridge, Task
 from admm_prune.methods.joint import Joint
 from admm_prune.methods.layerwise import prune_shared
@@ -29,6 +30,7 @@ from admm_prune.solvers.admm import ADMM
 from admm_prune.statistics import LayerStatistics
 from tests.catalogue import correlated_inputs, random_weight
 from tests.models.tiny_models import VOCABULARY, build
+from tests.unchanged import unchanged
 
 TEXT = Sequences((), "windows", 8, None, 1)
 
@@ -46,6 +48,19 @@ def test_every_trial_is_reported_the_best_one_first() -> None:
     errors = [trial.error for trial in trials]
     assert errors == sorted(errors)
     assert errors[0] < errors[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "step"), [(1, 12), (5, 3), (6, 2), (11, 2), (12, 1)])
+def test_evenly_spaced_rows_represent_the_layer(
+    rows: int, step: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = random_weight(12, 48, 0, dtype)
+    gram, validation, _ = (x.to(dtype) for x in split_grams(600))
+    expected = choose_ridge(weight[::step].clone(), gram, validation, Unstructured(0.5))
+    monkeypatch.setattr(ridge, "_ROWS", rows)
+    with unchanged(weight, gram, validation):
+        assert choose_ridge(weight, gram, validation, Unstructured(0.5)) == expected
 
 
 @pytest.mark.parametrize("grid", [[pair for pair in GRID if not pair[i]] for i in (0, 1)], ids=["damping", "ridge"])
