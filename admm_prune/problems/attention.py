@@ -19,7 +19,7 @@ from admm_prune.problems.constraints import FREE, Product, SparseSet
 from admm_prune.problems.layer import AllReduce, LayerReconstruction, single_process
 from admm_prune.statistics import GramAccumulator, TargetAccumulator
 
-_MIXED_ENTRIES = 1 << 26  # of the mixed inputs of all heads that are in memory at once: fewer tokens are sampled
+_MIXED_ENTRIES = 1 << 26  # of the mixed inputs of all heads that are gathered at once: tokens are sampled beyond
 _LEAST_SENSITIVITY = 1e-6  # of a row of the value projection, relative to the mean
 
 
@@ -310,15 +310,16 @@ class AttentionOutput:
             damping=damping,
         )
 
-    def _mixed_inputs(self, number: int, inputs: Tensor) -> Tensor:
-        """M_h of a span, of all heads: (n, H, d)."""
+    def _mixed_inputs(self, number: int, inputs: Tensor, stride: int = 1) -> Tensor:
+        """M_h of a span, of all heads, at every `stride`-th token: (ceil(n / stride), H, d)."""
         mixing, size = self.tokens.mixing, self._size
         groups = len(self.weights["value"]) // size
         parts = []
         for columns in inputs.split(size, 1):
             values = nn.functional.pad(columns, (0, size - columns.shape[1])).repeat(1, groups)
             heads = mixing.mix(number, values).unflatten(1, (mixing.heads, size))
-            parts.append(heads[:, :, : columns.shape[1]])
+            some = heads[::stride, :, : columns.shape[1]]
+            parts.append(some if stride == 1 else some.clone())  # a view would keep all tokens in memory
         return torch.cat(parts, 2)
 
     @cached_property
@@ -353,7 +354,7 @@ class AttentionOutput:
         gram = GramAccumulator(width, self.weights["value"].device)
         for number, inputs, _ in self._chunks(self.tokens):
             stride = -(-len(inputs) * heads * width // _MIXED_ENTRIES)
-            mixed = self._mixed_inputs(number, inputs)[::stride]
+            mixed = self._mixed_inputs(number, inputs, stride)
             gram.add(mixed * (strength * stride).sqrt()[:, None])
         gram.join(self.all_reduce)
         return gram.gram.to(self.weights["value"])

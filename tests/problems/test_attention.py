@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from admm_prune.point import Point
+from admm_prune.problems import attention as module
 from admm_prune.problems.attention import AttentionOutput, AttentionTokens, Probabilities
 from admm_prune.problems.constraints import NofM, RowWise, SparseSet, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
@@ -101,6 +102,36 @@ def mixed_inputs(problem: AttentionOutput) -> list[Tensor]:
         torch.cat([p[h] @ problem.tokens.inputs[s] for p, s in zip(mixing.sequences, mixing.spans, strict=True)])
         for h in range(HEADS)
     ]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("entries", [1, HEADS * WIDTH, 3 * HEADS * WIDTH, 5 * HEADS * WIDTH + 1, 10**6])
+def test_the_metric_samples_tokens_before_the_mixed_inputs_are_joined(
+    entries: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AttentionOutput, "widest", 0)
+    monkeypatch.setattr(module, "_MIXED_ENTRIES", entries)
+    problem = attention(groups)
+    heads = problem.weights["output"].square().sum(0).view(HEADS, SIZE).sum(1)
+    expected, mixed = torch.zeros(WIDTH, WIDTH, dtype=torch.float64), torch.stack(mixed_inputs(problem))
+    for span in problem.tokens.mixing.spans:
+        stride = -(-len(problem.tokens.inputs[span]) * HEADS * WIDTH // entries)
+        some = mixed[:, span][:, ::stride]
+        expected += stride * torch.einsum("hni,hnj,h->ij", some, some, heads / heads.sum())
+    held, join = [], torch.cat
+
+    def recorded(parts: list[Tensor], dim: int = 0) -> Tensor:
+        held.append(sum(part.untyped_storage().nbytes() for part in parts) // 8)
+        return join(parts, dim)
+
+    monkeypatch.setattr(torch, "cat", recorded)
+    metric = problem._metric
+    monkeypatch.undo()
+    torch.testing.assert_close(metric, expected)
+    if entries < max(LENGTHS) * HEADS * WIDTH:
+        assert max(held) <= max(entries, HEADS * WIDTH)
+    sizes = [len(problem._mixed_inputs(0, problem.tokens.inputs[:9], stride)) for stride in (1, 2, 8, 9, 20)]
+    assert sizes == [9, 5, 2, 1, 1]
 
 
 def design(problem: AttentionOutput, output: Tensor) -> Tensor:
