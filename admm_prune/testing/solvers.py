@@ -31,6 +31,7 @@ _TINY: tuple[tuple[SparseSet, int, int], ...] = (
     (Groups(0.5), 3, 4),
     (Groups(0.5, 2), 2, 6),
 )
+_LARGE = (300, 600)  # in float64, of which a conversion to float64 is no copy
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def assert_solver_conforms(
     fills: bool = True,
     refusals: tuple[type[Exception], ...] = (TypeError,),
 ) -> Conformance:
-    """Tries a solver on every problem under every constraint, on ill-posed layers, and on small ones with known
-    optimum.
+    """Tries a solver on every problem under every constraint, on ill-posed layers, on small ones with known optimum,
+    and on one of 300 x 600, which is larger than the tiles that operations on matrices are split into.
 
     A pair may be refused, with a TypeError whose message names the solver and the problem or its constraint; at least
     one must be solved. For every solve:
@@ -105,6 +106,7 @@ def assert_solver_conforms(
             result = trial.solve(case, problem)
             if result is not None:
                 check_result(case, problem, result, fills=False)
+    _check_large(trial)
     drawn = st.tuples(st.sampled_from(_TINY), st.sampled_from((2, 12, 64)), st.integers(0, 9999))
     for_all(drawn, lambda drawn: _check_against_optimum(trial, *drawn), examples)
     whole = Case(trial.name, "all problems of the kit")
@@ -136,6 +138,17 @@ def _check_solve(trial: Trial, name: str, make: Maker, constraint: SparseSet, *,
     _check_start(trial, case.narrow("from a feasible start"), problem, feasible)
     if dense_start:
         _check_start(trial, case.narrow("from the dense weights"), problem, dense)
+
+
+def _check_large(trial: Trial) -> None:
+    """One solve, under the first constraint that the solver takes."""
+    for name in ("half", "2:4", "heads"):
+        case = Case(trial.name, f"a layer of {_LARGE[0]} x {_LARGE[1]}, {name}")
+        problem: Any = layer(CONSTRAINTS[name], rows=_LARGE[0], width=_LARGE[1], tokens=2 * _LARGE[1])
+        result = trial.solve(case, problem)
+        if result is not None:
+            check_result(case, problem, result, fills=trial.fills)
+            return
 
 
 def _check_bound(case: Case, problem: Problem, result: Result) -> None:
