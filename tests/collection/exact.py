@@ -201,3 +201,56 @@ def tree_row(
         left = max(0, keep - sum(sign > 0 for sign in signs))
         bounds.append(total - sum(sorted(gains, reverse=True)[:left]))
     return min(bounds)
+
+
+def priced_block_bound(
+    weight: Array, hessian: Array, given: Mapping[str, Any], columns: np.ndarray, blocks: Array, shift: Array
+) -> Fraction | None:
+    """The bound of a block certificate at the best price of every budget; None where a block is singular.
+
+    The price is relaxed only where several blocks share a budget. The best one is where two counts of a block gain
+    alike, or 0: the bound is concave and piecewise linear in it.
+    """
+    out = len(weight)
+    height = {"block": given.get("height", 1), "group": out}.get(given["kind"], 1)
+    unit = given["width"] if given["kind"] in ("block", "group") else 1
+    h, w, s = rational(hessian), rational(weight), rational(shift)
+    less, total = [list(row) for row in h], Fraction(0)
+    for group, block in zip(columns.tolist(), rational(blocks), strict=True):
+        for i, row in zip(group, block, strict=True):
+            for j, x in zip(group, row, strict=True):
+                less[i][j] -= x
+    pulls = [[sum((a * b for a, b in zip(row, x, strict=True)), Fraction(0)) for row in less] for x in s]
+    gains: dict[int, list[dict[int, Fraction]]] = {}  # of each budget: of each band of rows and block, by counts
+    for first in range(0, out, height):
+        for group, block in zip(columns.tolist(), rational(blocks), strict=True):
+            costs: dict[tuple[bool, ...], Fraction] = {}
+            for chosen in product((False, True), repeat=len(group) // unit):
+                kept = [keep for keep in chosen for _ in range(unit)]
+                costs[chosen] = Fraction(0)
+                for row in range(first, first + height):
+                    q = [pulls[row][j] for j in group]
+                    e = _least(block, q, [w[row][j] for j in group], kept)
+                    if e is None:
+                        return None
+                    costs[chosen] += form(block, e, e) + 2 * sum(
+                        (a * b for a, b in zip(q, e, strict=True)), Fraction(0)
+                    )
+            none = costs[(False,) * (len(group) // unit)]
+            total += none
+            table: dict[int, Fraction] = {}
+            for chosen, cost in costs.items():
+                table[sum(chosen)] = max(table.get(sum(chosen), Fraction(0)), none - cost)
+            gains.setdefault(first if given["kind"] == "row" else 0, []).append(table)
+    total -= sum((form(less, x, x) for x in s), Fraction(0))
+    keeps = given["keep"] if isinstance(given["keep"], list) else [given["keep"]] * out
+    for row, tables in gains.items():
+        prices = {Fraction(0)} | {
+            (table[b] - table[a]) / (b - a) for table in tables for a in table for b in table if a < b
+        }
+        total -= min(
+            price * keeps[row] + sum(max(gain - price * count for count, gain in table.items()) for table in tables)
+            for price in prices
+            if price >= 0
+        )
+    return total

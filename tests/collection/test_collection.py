@@ -70,13 +70,20 @@ def test_the_checker_accepts_every_record_of_a_committed_problem(layer: str) -> 
             continue
         files = [record.place_of(row["id"], kind) for kind in ("solution", "certificate")]
         given = [path if row[what] else None for path, what in zip(files, ("value", "bound"), strict=True)]
-        _, reached, proved = checker.check(build.place_of(layer), *given, row["id"])
+        problem, reached, proved = checker.check(build.place_of(layer), *given, row["id"])
+        assert row["energy"] == f"{checker.energy(problem):.10g}"
         for found, what, kind in ((reached, "value", "solution"), (proved, "bound", "certificate")):
             if found is not None:
-                number = found.upper if what == "value" else found.value
-                assert number == pytest.approx(float(row[what]), rel=1e-8)
+                assert row[what] == checker.decimal_text(found.upper if what == "value" else found.value, what)
                 tensors, _ = checker.read(record.place_of(row["id"], kind), kind)
                 assert checker.tensor_hash(tensors) == row[f"{what}_sha256"]
+        gap = worst = ""
+        if reached is not None and proved is not None:
+            gap = f"{checker.gap(float(row['value']), float(row['bound'])):.4g}"
+            if problem.is_stack:
+                assert proved.rows is not None
+                worst = f"{max(map(checker.gap, reached.rows[:, 1], proved.rows)):.4g}"
+        assert (row["gap"], row["worst_row_gap"]) == (gap, worst)
 
 
 def test_the_page_is_up_to_date() -> None:
