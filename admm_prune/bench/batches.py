@@ -74,5 +74,4 @@ def _case(name: str, layers: SharedData[list[Layer]], count: int, device: torch.
         run=run,
         needs=size * (10 * rows * width + 8 * width**2),
         limit=25.0,
-        baseline=not together and not graphs,
     )

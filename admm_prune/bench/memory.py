@@ -117,8 +117,12 @@ def bench_memory(
         What is in the json: the peaks, and the exponent p of peak = c N^p for each family.
 
     Raises:
-        UserError: `out` cannot be used, or `most` leaves fewer than two models of a family.
+        UserError: `out` cannot be used, `tokens` is not a multiple of 256, or `most` leaves fewer than two models of a
+            family.
     """
+    if tokens < LENGTH or tokens % LENGTH:
+        above = LENGTH * (tokens // LENGTH + 1) if tokens > 0 else LENGTH
+        raise UserError(f"--tokens {tokens} is not a multiple of {LENGTH}, the length of a sequence: give {above}")
     check_output(out, overwrite=overwrite)
     shapes = [(name, shape) for name, family in FAMILIES.items() for shape in family if shape.parameters <= most]
     for name in FAMILIES:
@@ -171,7 +175,7 @@ def write_random_model(config: LlamaConfig, folder: Path) -> None:
 def random_tokens(tokens: int) -> Sequences:
     """Random tokens in sequences of 256."""
     generator = torch.Generator().manual_seed(0)
-    count = max(1, tokens // LENGTH)
+    count = tokens // LENGTH
     rows = tuple(Row(torch.randint(VOCABULARY, (LENGTH,), generator=generator), LENGTH) for _ in range(count))
     return Sequences(rows, "windows", LENGTH, None, 1)
 

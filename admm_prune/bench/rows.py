@@ -18,17 +18,6 @@ from admm_prune.data.hub import first_line
 
 Status = Literal["measured", "failed", "no memory", "no time", "too long"]
 _RESERVE = 0.06  # fraction of a device's memory that is left free
-_FAILURES = (
-    ValueError,
-    TypeError,
-    ArithmeticError,
-    RuntimeError,
-    ImportError,
-    AttributeError,
-    KeyError,
-    AssertionError,
-)
-
 
 Made = TypeVar("Made")
 
@@ -177,7 +166,7 @@ class Runner:
             return row("too long", note=f"stopped after {limit:.0f} s")
         except torch.OutOfMemoryError as error:
             return row("no memory", note=first_line(error)[:200])
-        except _FAILURES as error:
+        except Exception as error:  # such as those of a compiler: the other rows are still measured
             return row("failed", note=f"{type(error).__name__.lstrip('_')}: {first_line(error)[:200]}")
         finally:
             with suppress(RuntimeError):  # after some errors the device is unusable: the rows so far are kept

@@ -266,7 +266,10 @@ def _cases(section: str, size: Size, device: torch.device) -> Any:
 
 def _training(size: Size, device: torch.device) -> Any:
     """As many blocks of each shape as the largest configuration leaves memory for."""
-    free = free_memory(device)
+    try:
+        free = free_memory(device)
+    except RuntimeError:  # of a device that has become unusable: the rows say so
+        free = 0.0
     shapes = []
     for name in size.trained:
         shape = training.SHAPES[name]
@@ -312,8 +315,9 @@ def claims(rows: Sequence[Measurement], *, applicable: bool = True) -> list[dict
             _ratio(plain, gpt),
             lambda x: x >= 2,
         )
+    selections = [row for row in rows if row.section == "selection"]  # of all scores first, then of fewer
     for name, most in (("threshold", 2), ("mask", 3)):
-        chosen = next((r for r in rows if r.section == "selection" and r.name == name and r.seconds), None)
+        chosen = measured_row(selections, name, selections[0].case if selections else None)
         reads = chosen.more.get("reads of memory") if chosen is not None else None
         claim(f"the {name} of all scores, in reads of memory", f"at most {most}", reads, partial(operator.ge, most))
     for case in dict.fromkeys(row.case for row in rows if row.name.startswith("torch.optim.Adam(fused")):

@@ -166,6 +166,39 @@ def test_a_row_that_fails_is_a_row(monkeypatch) -> None:
     assert Runner(CPU, CEILINGS, budget=0.0).run([good])[0].status == "no time"
 
 
+class CompilationError(Exception):
+    """As Triton's, which is of no builtin kind."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CompilationError("at 3:7"),
+        subprocess.CalledProcessError(1, ["ptxas"]),
+        OSError("no space left on device"),
+        IndexError("list index out of range"),
+        ModuleNotFoundError("no triton"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_error_of_a_row_ends_the_others(error: Exception) -> None:
+    def fails() -> Figures:
+        raise error
+
+    runner = Runner(CPU, CEILINGS, budget=30.0)
+    found = runner.run([case(fails), case(lambda: Figures(seconds=1.0))])
+    assert [row.status for row in found] == ["failed", "measured"]
+    assert found[0].note.startswith(f"{type(error).__name__}: ")
+
+
+def test_ctrl_c_ends_the_benchmark() -> None:
+    def interrupted() -> Figures:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Runner(CPU, CEILINGS, budget=30.0).run([case(interrupted)])
+
+
 def test_a_card_that_answers_nothing_more_leaves_the_rows_so_far(monkeypatch) -> None:
     def lost(*_: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -178,6 +211,10 @@ def test_a_card_that_answers_nothing_more_leaves_the_rows_so_far(monkeypatch) ->
     runner.run([case(lambda: Figures(seconds=1.0))])
     assert [row.status for row in runner.rows] == ["measured", "failed"]
     assert "illegal memory access" in runner.rows[1].note
+    for section in suite.SECTIONS:  # what is measured depends on the memory that is free
+        runner.run(suite._cases(section, suite.SMALL, runner.device))
+    assert {row.status for row in runner.rows[1:]} == {"failed"}
+    assert {row.section for row in runner.rows[1:]} == {"s", *suite.SECTIONS}
 
 
 def test_the_fit_finds_a_line() -> None:
@@ -232,6 +269,33 @@ def test_claims_are_judged_by_the_rows() -> None:
     missing = found["sparsegpt over the straightforward one, 4x4 0.7"]
     assert missing["value"] is None
     assert missing["met"] is None
+
+
+def test_fewer_scores_are_not_taken_for_all_of_them() -> None:
+    """Where the mask of all scores has no memory, it is not measured."""
+
+    def row(name: str, entries: str, reads: float | None) -> Measurement:
+        status, seconds = ("no memory", None) if reads is None else ("measured", 1.0)
+        named = {"section": "selection", "name": name, "case": entries, "status": status}
+        return Measurement(**named, seconds=seconds, more={"reads of memory": reads})
+
+    def judged(*found: Measurement) -> list[float | None]:
+        return [claim["value"] for claim in suite.claims(found) if claim["what"].endswith("in reads of memory")]
+
+    threshold, fewer = row("threshold", "6.5e9 scores", 1.5), row("mask", "5e8 scores", 2.0)
+    assert judged(threshold, row("mask", "6.5e9 scores", None), fewer) == [1.5, None]
+    assert judged(threshold, row("mask", "6.5e9 scores", 2.5), fewer) == [1.5, 2.5]
+    assert judged(row("threshold", "6.5e9 scores", None), fewer) == [None, None]
+    assert judged() == [None, None]
+
+
+def test_what_is_starred_is_written_for_the_benchmark_or_part_of_torch() -> None:
+    size, starred = suite.SMALL, set()
+    for section in suite.SECTIONS:
+        starred |= {one.name for one in suite._cases(section, size, CPU) if one.baseline}
+    written = {name for name in starred if "straightforward" in name}
+    assert written
+    assert all("torch." in name or "clip_grad_norm_" in name for name in starred - written), starred
 
 
 def test_steps_with_8_bit_moments_have_a_target() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from admm_prune.bench import memory
+from admm_prune.errors import UserError
 from admm_prune.runs.machine import PeakMemory, peak_resident_bytes
 
 
@@ -52,6 +56,14 @@ def test_the_peak_of_the_process_outlives_measurements() -> None:
         block = touch(20)
         del block
     assert peak_resident_bytes() >= highest - 2**21  # pages that the kernel counts late
+
+
+@pytest.mark.parametrize(("tokens", "given"), [(1000, 1024), (255, 256), (0, 256), (-256, 256), (257, 512)])
+def test_tokens_that_fill_no_whole_sequences_are_refused(tokens: int, given: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"--tokens {tokens} is not a multiple of 256, .*: give {given}$"):
+        memory.bench_memory(tmp_path / "out", tokens=tokens)
+    assert not (tmp_path / "out").exists()
+    assert [row.ids.shape[0] for row in memory.random_tokens(768).rows] == [256] * 3
 
 
 @pytest.mark.gpu
