@@ -55,7 +55,7 @@ stage() { # NAME SECONDS COMMAND...
 
 text=(--model "$model" --data "$data" ${eval_data:+--eval-data "$eval_data"} --device "$device")
 if [ $small = 1 ]; then
-    tests=(tests/bench/test_memory.py) bench=(--small --sections selection --budget 20)
+    tests=(tests/runs/test_machine.py) bench=(--small --sections selection --budget 20)
     sizes=(--samples 2 --eval-samples 2 --length 32) oneshot=magnitude trained=gradual steps=2 few=0.5 patterns=
 else
     tests=(tests) bench=(--budget 220)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -133,15 +134,16 @@ def test_the_memory_bench_measures_both_families(
         return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
 
     monkeypatch.setattr(memory.subprocess, "run", here)
-    # Beside what other tests left behind, so small models may need no more memory: the peak is drawn.
-    monkeypatch.setattr(memory.PeakMemory, "extra_mib", 3.0)
+    # Beside what other tests left behind, so small models may need no more memory: the peaks are given.
+    peaks = iter((3.0, 12.0, 5.0, 5.0))
+    monkeypatch.setattr(memory.PeakMemory, "extra_mib", property(lambda _: next(peaks)))
     monkeypatch.setattr(memory.PeakMemory, "__exit__", lambda *_: None)
     content = memory.bench_memory(tmp_path / "out", tokens=256)
     assert [peak["depth"] for peak in content["peaks"]] == [1, 2, 1, 2]
-    assert content["exponents"] == {"growing": 0.0, "deeper": 0.0}
+    assert [peak["peak_mib"] for peak in content["peaks"]] == [3.0, 12.0, 5.0, 5.0]
+    growth = math.log(4) / math.log(family[1].parameters / family[0].parameters)
+    assert content["exponents"] == {"growing": pytest.approx(growth), "deeper": pytest.approx(0)}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"admm_prune.json", "memory.txt", "memory.png"}
-    with pytest.raises(UserError, match=r"--most 1000 leaves fewer than two models: give at least"):
-        memory.bench_memory(tmp_path / "other", most=1000)
 
 
 def test_the_exponent_is_the_slope_of_the_logarithms_and_shapes_count_their_parameters(tmp_path: Path) -> None:
