@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from admm_prune.problems.constraints import NofM, RowWise, StackedRows, Unstructured
-from admm_prune.solvers.reference import BruteForce, dual, prove_rows, rows, trees
+from admm_prune.solvers.reference import BranchAndBound, BruteForce, branch_and_bound, dual, prove_rows, rows, trees
 from tests.solvers.reference.instances import Toy
 from tests.solvers.reference.test_trees import covered, keeping, stacked
 from tests.unchanged import unchanged
@@ -45,6 +45,27 @@ def test_leaves_are_bounded_alike_in_any_batches(leaves: int, monkeypatch: pytes
     with unchanged(*data):
         parts = dual.proved_leaves(*data)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("batch", "memory"), [(1, 1 << 28), (3, 1 << 28), (256, 1)])
+def test_branch_and_bound_in_small_batches(
+    batch: int, memory: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With little memory, it dives."""
+    monkeypatch.setattr(branch_and_bound, "_BATCH", batch)
+    monkeypatch.setattr(branch_and_bound, "_MEMORY", memory)
+    hessian, target = (x.to(dtype) for x in stacked(12, 1, 1e3))
+    hessian = (hessian[0] + hessian[0].mT) / 2
+    problem = Toy(target, hessian, keeping(5, 12))
+    with unchanged(target, hessian):
+        found = BranchAndBound().solve(problem)
+    optimum = BruteForce().solve(problem).objective
+    rounding = 1e-10 if dtype == torch.float64 else 1e-4
+    assert found.objective == pytest.approx(optimum, rel=rounding)
+    assert found.bound is not None
+    assert found.bound <= optimum * (1 + rounding)
+    assert found.bound == pytest.approx(optimum, rel=1e-3)
 
 
 @pytest.mark.parametrize("exact", [1, 1 << 24])
