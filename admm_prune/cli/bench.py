@@ -22,7 +22,9 @@ bench = typer.Typer(
 def memory(
     out: common.Out,
     most: Annotated[float, typer.Option(help="Largest number of parameters of a model.")] = 1.1e9,
-    tokens: Annotated[int, typer.Option(min=256, help="Calibration tokens, the same for every model.")] = 1024,
+    tokens: Annotated[
+        int, typer.Option(min=256, help="Calibration tokens, a multiple of 256, the same for every model.")
+    ] = 1024,
     sparsity: Annotated[float, typer.Option(min=0.01, max=0.9, help="Fraction of block parameters to remove.")] = 0.3,
     overwrite: common.Overwrite = False,
     json: common.Json = False,
