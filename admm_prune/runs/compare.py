@@ -32,7 +32,14 @@ from admm_prune.runs.machine import pick_device
 from admm_prune.runs.manifest import Phases, TextRecord, manifest
 from admm_prune.runs.report import REPORT_PACKAGES, write_report
 from admm_prune.runs.report.content import best_of_target
-from admm_prune.runs.resolved import SharedSettings, described_parts, named_texts, recorded_tasks, tasks_of
+from admm_prune.runs.resolved import (
+    SharedSettings,
+    check_supported,
+    described_parts,
+    named_texts,
+    recorded_tasks,
+    tasks_of,
+)
 from admm_prune.runs.results import Report
 from admm_prune.runs.texts import Texts, log_notes
 from admm_prune.settings import Settings, TextSettings, options, recorded, recorded_names
@@ -115,9 +122,7 @@ class ComparisonSettings:
     tasks: Tasks | None = field(init=False)
 
     def __post_init__(self) -> None:
-        for name, declared in options(Settings).items():
-            if "compare" not in declared.commands.split() and getattr(self.run, name) != declared.default:
-                raise UserError(f"a comparison takes no {name}: leave it out")
+        check_supported(self.run, "compare", "a comparison")
         if not isinstance(self.run.model, str | Path):
             raise UserError("a comparison loads the model for every run: give its folder or Hub id, not a module")
         text, passed = named_texts(self.run)

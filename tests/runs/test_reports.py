@@ -385,7 +385,7 @@ def written(folder: Path, *figures: tuple[str, str, float]) -> Path:
     comparison = Comparison(model="tiny", parameters=1234567, dense=DENSE, rows=rows, manifest=ORIGIN)
     for row in rows:
         (folder / row.folder).mkdir(parents=True)
-        run = {"method": row.method, "target": row.target, "layers": [], "notes": [], "details": {}}
+        run = {"method": row.method, "target": row.target, "layers": [], "notes": [], "details": {}, **ORIGIN}
         write_json(folder / row.folder / "admm_prune.json", run)
     write_json(folder / "admm_prune.json", comparison.as_json())
     return folder

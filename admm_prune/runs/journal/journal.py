@@ -241,7 +241,8 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
     """
     home = home_of(out)
     begun, finished = is_unfinished(out), (absolute(out) / MANIFEST).is_file()
-    if resume and not begun and (finished or not home.is_dir()):
+    ours = begun or not home.is_dir() or _only_ours(home)
+    if resume and not begun and ours and (finished or not home.is_dir()):
         why = f"{out} is finished" if finished else f"there is no {home}"
         raise UserError(f"nothing to resume: {why}; leave --resume out")
     # A run that was killed between its last rename and the deletion of its journal may replace its own output.
@@ -249,7 +250,7 @@ def journal_of(out: Path, *, resume: bool = False, overwrite: bool = False) -> G
     check_output(out, overwrite=overwrite)
     if home.is_symlink() or (home.exists() and not home.is_dir()):
         raise UserError(f"{home} is a file or a link, where a run keeps its journal: choose another output")
-    if home.is_dir() and not begun and not _only_ours(home):
+    if not ours:
         raise UserError(f"{home} was not written by admm-prune: choose another output")
     with ExitStack() as stack:
         try:
