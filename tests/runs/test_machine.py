@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,12 @@ import torch
 
 from admm_prune.runs import machine
 from admm_prune.runs.machine import PeakMemory, free_bytes, peak_resident_bytes
+
+
+@pytest.fixture(autouse=True)
+def collected() -> None:
+    """Garbage of other tests must not be collected within a measurement."""
+    gc.collect()
 
 
 def touch(mib: int) -> np.ndarray:
