@@ -6,9 +6,9 @@
 ELSA runs with its defaults. Baselines use the best of their measured learning rate and four others. It is searched with
 seed 0 (downhill from the middle of the grid, until the rates on both sides are worse) and used for the other seeds.
 `--distillation 0,0.5` trains every method with each of these weights of the distillation loss. The seed determines the
-sample of text, its order and the random rounding of bfloat16 models. Each row is written as soon as it is measured, and
-the same command continues where it stopped; use a new folder if the code has changed. OUT has runs.csv,
-surrogate_free.txt and surrogate_free.json; `--report` only writes the last two again.
+sample of text, its order and the random rounding of bfloat16 models. Products are in float32 on every processor. Each
+row is written as soon as it is measured, and the same command continues where it stopped; use a new folder if the code
+has changed. OUT has runs.csv, surrogate_free.txt and surrogate_free.json; `--report` only writes the last two again.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.baselines import Staged
 from admm_prune.methods.elsa.elsa import Elsa
+from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import recipe_named
@@ -202,8 +203,9 @@ class Bench:
     def _recipe(self, method: str, distillation: float) -> Recipe:
         recipe: Any = ABLATIONS[method] if method in ABLATIONS else recipe_named(method)
         if "steps" in recipe.options:
-            settings = {"steps": self.arguments.steps, "batch_size": self.arguments.batch_size}
-            recipe = replace(recipe, **settings, distillation=distillation)
+            settings: dict[str, Any] = {"steps": self.arguments.steps, "batch_size": self.arguments.batch_size}
+            # "auto" is bfloat16 on some processors.
+            recipe = replace(recipe, **settings, distillation=distillation, engine=Engine(precision="float32"))
         return recipe
 
     def _job(self, recipe: Any, target: Target, lr: float | None, seed: int) -> Job:
