@@ -36,13 +36,14 @@ from benchmarks.machine import headline, machine
 
 NAMED = {recipe.name: recipe for recipe in STRUCTURED}
 OURS = NAMED["struprune"]
+BASELINE = "structured-global"
 GREEDY = replace(OURS, selector="obs")
 ROWS: Mapping[str, StruPrune] = {
     "struprune": OURS,
-    "greedy OBS chooses": GREEDY,
-    "ADMM chooses": replace(OURS, selector="admm"),
-    "Wanda's score chooses": replace(OURS, selector="mask"),
-    "nothing answers": replace(OURS, selector="mask-interactions", compensate=False, fold_bias=False),
+    "selection by greedy OBS": GREEDY,
+    "selection by ADMM": replace(OURS, selector="admm"),
+    "selection by Wanda's score": replace(OURS, selector="mask"),
+    "no compensation": replace(OURS, selector="mask-interactions", compensate=False, fold_bias=False),
     "uniform": replace(OURS, allocator=Uniform()),
     "greedy OBS; uniform": replace(GREEDY, allocator=Uniform()),
     "greedy OBS; equal slope T = 0": replace(GREEDY, allocator=EqualSlope()),
@@ -50,11 +51,13 @@ ROWS: Mapping[str, StruPrune] = {
     "greedy OBS; capped softmax T = 2": replace(GREEDY, allocator=CappedSoftmax(2.0, most=0.9)),
     "greedy OBS; owl": replace(GREEDY, allocator=Owl()),
     "greedy OBS; knapsack": replace(GREEDY, allocator=Knapsack()),
-    "greedy OBS; all blocks alike": replace(GREEDY, uniform=True),
-    "global structured": NAMED["structured-global"],
-    "greedy OBS; global structured": replace(NAMED["structured-global"], selector="obs"),
-    "greedy OBS; global; losses not relative": replace(NAMED["structured-global"], selector="obs", relative=False),
-    "Wanda-type structured": NAMED["structured-wanda"],
+    "greedy OBS; equal blocks": replace(GREEDY, uniform=True),
+    BASELINE: NAMED["structured-global"],
+    "greedy OBS; structured-global": replace(NAMED["structured-global"], selector="obs"),
+    "greedy OBS; structured-global; losses not relative": replace(
+        NAMED["structured-global"], selector="obs", relative=False
+    ),
+    "structured-wanda": NAMED["structured-wanda"],
 }
 
 
@@ -81,7 +84,7 @@ def measure(model: str, settings: TextSettings, targets: list[Target], names: li
                 {
                     "row": name,
                     "target": target.label,
-                    "asked": target.fraction,
+                    "target_fraction": target.fraction,
                     "perplexity": figures.perplexity,
                     "saved": outcome.details["saved"],
                     "temperature": outcome.details.get("temperature"),
@@ -99,10 +102,10 @@ def measure(model: str, settings: TextSettings, targets: list[Target], names: li
 
 
 def table(content: dict[str, Any]) -> str:
-    """One block a model: perplexity, and in brackets the ratio to 'global structured' at the same target."""
+    """One block a model: perplexity, and in parentheses the ratio to structured-global at the same target."""
     lines = [
         headline(content["machine"]),
-        "Perplexity (relative to 'global structured'); [%] that went, where not as asked",
+        "Perplexity (relative to structured-global); [%] removed in addition to the target",
     ]
     for model, results in content["models"].items():
         cells = {(row["row"], row["target"]): row for row in results["rows"]}
@@ -110,15 +113,15 @@ def table(content: dict[str, Any]) -> str:
         lines += ["", results["command"]]
         lines.append(
             f"{model}: dense {results['dense']:.3f}; {results['calibration_tokens']} tokens to calibrate, "
-            f"{results['evaluation_tokens']} to judge"
+            f"{results['evaluation_tokens']} to evaluate"
         )
         lines.append(f"{'':40}" + "".join(f"{target:>18}{'':8}" for target in targets))
         for name in dict.fromkeys(row["row"] for row in results["rows"]):
             parts = []
             for target in targets:
-                cell, base = cells[name, target], cells["global structured", target]
+                cell, base = cells[name, target], cells[BASELINE, target]
                 ratio = cell["perplexity"] / base["perplexity"]
-                more = 100 * (cell["saved"] - base["asked"])
+                more = 100 * (cell["saved"] - base["target_fraction"])
                 parts.append(
                     f"{cell['perplexity']:10.3f} ({ratio:6.3f})" + (f" [+{more:.2f}]" if more >= 0.05 else " " * 8)
                 )
@@ -154,7 +157,7 @@ def main() -> None:
     results = measure(given.model, settings, parse_targets(given.sparsity, None), names)
     before = content["models"].get(Path(given.model).name, {"rows": []})
     rows = [row for row in before["rows"] if row["row"] not in names] + results["rows"]
-    rows.sort(key=lambda row: (list(ROWS).index(row["row"]), row["asked"]))
+    rows.sort(key=lambda row: (list(ROWS).index(row["row"]), row["target_fraction"]))
     command = f"python -m benchmarks.structured {shlex.join(shown)}"
     content["machine"] = machine()
     content["models"][Path(given.model).name] = {**results, "command": command, "rows": rows}
