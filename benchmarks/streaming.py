@@ -1,12 +1,13 @@
 """What pruning a large model from disk takes: peak resident memory of the whole process, and time.
 
     python -m benchmarks.streaming OUT [--shape 1.1B] [--methods wanda,sparsegpt] [--blocks N] [--cold]
+    python -m benchmarks.streaming OUT --shape 135M --methods "admm,admm --coordinate attention --refit block"
 
 Writes a Llama of random weights, shard by shard, then runs `admm-prune run --stream` on it in a process of its own for
-each method, embedded text, and evaluation of one sequence before and after. The peak is all that was resident:
-interpreter, libraries and mapped files included. Reading is the part of the run's time that weights were brought in,
-which is the most that reading a block ahead could save; `--cold` has the system forget the files before each block, so
-that they come from the disk. OUT.json and OUT.txt gain a row for each method as it ends.
+each method, with the options after its name, embedded text, and evaluation of one sequence before and after. The peak
+is all that was resident: interpreter, libraries and mapped files included. Reading is the part of the run's time that
+weights were brought in, which is the most that reading a block ahead could save; `--cold` has the system forget the
+files before each block, so that they come from the disk. OUT.json and OUT.txt gain a row for each method as it ends.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,6 +34,7 @@ _IN_THIS_PROCESS, _IN_THIS_PROCESS_COLD = "--here", "--here-cold"
 # Width, neurons, blocks, query heads, key heads; vocabulary of 32000, embedding and head apart.
 SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "tiny": (256, 512, 4, 4, 2),
+    "135M": (576, 1536, 30, 9, 3),
     "1.1B": (2048, 5632, 22, 32, 4),
     "7B": (4096, 11008, 32, 32, 32),
 }
@@ -61,15 +64,15 @@ def write_model(shape: str, dtype: str, blocks: int | None, folder: Path) -> int
 
 
 def measure(model: Path, method: str, chosen: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """One run in a process of its own.
+    """One run in a process of its own; `method` is a name, and options of `run`.
 
     Raises:
         RuntimeError: it failed; the message holds its last words.
     """
     arguments = [
-        "run", "--model", str(model), "--method", method, "--sparsity", str(chosen.sparsity), "--stream",
-        "--samples", str(chosen.samples), "--eval-samples", "1", "--length", str(chosen.length),
-        "--packing", "windows", "--device", "cpu", "--json", "--out", str(place / method),
+        "run", "--model", str(model), "--method", *method.split(), "--sparsity", str(chosen.sparsity), "--stream",
+        "--data", "embedded", "--samples", str(chosen.samples), "--eval-samples", "1", "--length", str(chosen.length),
+        "--packing", "windows", "--device", "cpu", "--json", "--out", str(place / "run"),
     ]  # fmt: skip
     began = time.perf_counter()
     done = subprocess.run(
@@ -88,7 +91,7 @@ def measure(model: Path, method: str, chosen: argparse.Namespace, place: Path) -
     if done.returncode != 0:
         raise RuntimeError(f"{method} failed with status {done.returncode}")
     report, spent = (json.loads(line) for line in done.stdout.splitlines()[-2:])
-    shutil.rmtree(place / method)
+    shutil.rmtree(place / "run")
     return {
         "method": method,
         "peak_gb": round(spent["bytes"] / 1e9, 3),
@@ -106,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="1.1B")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--blocks", type=int, help="in place of the shape's own number: said in the results")
-    parser.add_argument("--methods", default="wanda,sparsegpt,struprune")
+    parser.add_argument("--methods", default="wanda,sparsegpt,struprune", help="names, each with options of run")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--sparsity", type=float, default=0.5)
@@ -122,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
         for method in chosen.methods.split(","):
             rows.append(measure(model, method, chosen, Path(work)))
             content = {
-                "command": "python -m benchmarks.streaming " + " ".join(arguments or sys.argv[1:]),
+                "command": f"python -m benchmarks.streaming {shlex.join(arguments or sys.argv[1:])}",
                 "machine": machine(),
                 "shape": chosen.shape,
                 "blocks": f"{chosen.blocks or SHAPES[chosen.shape][2]} of {SHAPES[chosen.shape][2]}",
@@ -135,6 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def table(content: dict[str, Any]) -> str:
+    wide = max(12, *(len(row["method"]) + 1 for row in content["rows"]))
     lines = [
         headline(content["machine"]),
         content["command"],
@@ -142,10 +146,10 @@ def table(content: dict[str, Any]) -> str:
         f"{content['weights_gb']} GB on disk, {content['tokens']} tokens of calibration",
         "Peak: everything resident in the process, libraries and mapped files included.",
         "",
-        f"{'method':12}{'peak GB':>9}{'minutes':>9}{'reading':>9}",
+        f"{'method':{wide}}{'peak GB':>9}{'minutes':>9}{'reading':>9}",
     ]
     lines += [
-        f"{row['method']:12}{row['peak_gb']:>9.2f}{row['minutes']:>9.1f}{row['reading_percent']:>7.2f} %"
+        f"{row['method']:{wide}}{row['peak_gb']:>9.2f}{row['minutes']:>9.1f}{row['reading_percent']:>7.2f} %"
         for row in content["rows"]
     ]
     return "\n".join(lines) + "\n"
