@@ -80,6 +80,10 @@ ABLATIONS: dict[str, Recipe] = {
         Elsa(name="elsa, three times rho", rho=3 * Elsa.rho),
         Elsa(name="elsa, ten times rho", rho=10 * Elsa.rho),
         Elsa(name="elsa, updates every step", interval=1),
+        Elsa(name="elsa, updates every step, a third of rho", interval=1, rho=Elsa.rho / 3),
+        Elsa(name="elsa, updates every step, three times rho", interval=1, rho=3 * Elsa.rho),
+        Elsa(name="elsa, updates every step, frozen for the last three quarters", interval=1, frozen=0.75),
+        Elsa(name="elsa, updates every 2 steps", interval=2),
         Elsa(name="elsa, updates every 32 steps", interval=32),
         Elsa(name="elsa, by magnitude", power=0.0),
         Elsa(name="elsa, in the metric F^(1/2)", power=0.25),
@@ -167,7 +171,9 @@ class Bench:
     def run(self) -> None:
         arguments = self.arguments
         targets = parse_targets(arguments.sparsity, arguments.pattern)
-        methods = list(ABLATIONS) if arguments.methods == "ablations" else arguments.methods.split(",")
+        methods = arguments.methods.split(",")
+        if arguments.methods == "ablations":
+            methods = [name for name in ABLATIONS if arguments.only in name]
         for method, weight in product(methods, arguments.distillation.split(",")):
             for target in [target_named("0")] if method == "tuned-dense" else targets:
                 recipe = self._recipe(method, float(weight))
@@ -306,6 +312,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--methods", default="admm,tuned-dense,admm-finetuned,gradual,staged,elsa,elsa-l", help="names, or 'ablations'"
     )
+    parser.add_argument("--only", default="", metavar="TEXT", help="the ablations with this in their name")
     parser.add_argument("--sparsity", default="0.5,0.7,0.9,0.95")
     parser.add_argument("--pattern", default="")
     parser.add_argument("--steps", type=int, default=512)

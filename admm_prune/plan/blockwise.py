@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from admm_prune.errors import UserError
-from admm_prune.methods.allocation.budget import HELD_OUT, LOSS_TOKENS
+from admm_prune.methods.allocation.budget import LOSS_TOKENS, held_out
 from admm_prune.methods.allocation.measurements import GRADIENT_SEQUENCES
 from admm_prune.methods.allocation.measurements import SOLVER as PATH_SOLVER
 from admm_prune.methods.allocation.rules import RULES, SEARCHES, AllocationRule
@@ -214,7 +214,7 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
             # A backward pass takes twice the work of its forward pass; a block's loss takes part of the text.
             sequences = 3 * min(GRADIENT_SEQUENCES, len(text.rows)) if measured.gradients else 0
             if rule.name in SEARCHES:
-                sequences += rule.passes * max(1, round(HELD_OUT * len(text.rows)))
+                sequences += rule.passes * len(held_out(text)[1].rows)
             elif measured.losses:
                 sequences += len(anatomy.blocks) * -(-LOSS_TOKENS // text.length)
             table = {"table of pruned matrices": measured.levels * pruned} if rule.name in SEARCHES else {}

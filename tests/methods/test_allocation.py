@@ -19,7 +19,7 @@ import admm_prune
 from admm_prune.data.sequences import Row, Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.allocation import measurements
-from admm_prune.methods.allocation.budget import _estimated
+from admm_prune.methods.allocation.budget import _estimated, held_out
 from admm_prune.methods.allocation.measurements import Gradients, Levels
 from admm_prune.methods.allocation.rules import RULES, AllocationRule
 from admm_prune.methods.allocation.search import Space, evolutionary_search, pattern_search
@@ -139,6 +139,32 @@ def test_a_budget_beyond_the_last_levels_is_refused_before_any_work(rule: str, t
         rule_named.check(recipe, model, target)
     with pytest.raises(UserError, match=message):
         rule_named.applied(model, task(target), IN_PROCESS)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "evaluated"), [(64, 1024, 2), (16, 512, 4), (12, 64, 3), (2, 8, 1), (64, 4096, 1), (5, 24, 1)]
+)
+def test_a_search_evaluates_on_a_quarter_of_the_text_and_at_most_about_2048_tokens(
+    rows: int, length: int, evaluated: int
+) -> None:
+    pruned_on, evaluated_on = held_out(text(rows, length))
+    assert len(evaluated_on.rows) == evaluated
+    assert len(pruned_on.rows) == rows - evaluated
+
+
+@pytest.mark.parametrize("rule", ["search", "evolutionary"])
+def test_a_search_takes_one_pass_over_the_blocks(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The levels of its table also give the curves of its start."""
+    parts = []
+
+    def levels(*given: Any, part: str = "levels", **how: Any) -> Levels:
+        parts.append(part)
+        return measure(*given, part=part, **how)
+
+    measure = measurements.levels
+    monkeypatch.setattr(measurements, "levels", levels)
+    AllocationRule(rule, 2).applied(build("llama", layers=2), task(Target(sparsity=0.5)), IN_PROCESS)
+    assert parts == ["table"]
 
 
 @pytest.mark.parametrize("rule", ["search", "evolutionary"])
@@ -485,7 +511,7 @@ def test_a_comparison_allocates_for_every_method(model_folder: Path, text_file: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["owl", "equal-slope", "fisher", "evolutionary"])
+@pytest.mark.parametrize("rule", ["owl", "equal-slope", "fisher", "search", "evolutionary"])
 def test_the_plan_of_an_allocation_is_at_most_seven_tenths_too_much(rule: str) -> None:
     anatomy, g = Anatomy.of("embedded", "float32"), torch.Generator().manual_seed(0)
     rows = tuple(Row(torch.randint(4096, (256,), generator=g), 256) for _ in range(8))

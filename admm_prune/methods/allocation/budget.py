@@ -36,7 +36,8 @@ MOST = 0.95  # largest sparsity of a matrix, unless the sparsity of the whole ex
 DENSITIES = (2.2, 1.5, 1.0, 0.5, 0.25)  # of the levels of a path, relative to the density of the whole
 LOWER, HIGHER = 8, 3  # levels of a table below and above the common sparsity s, (1 - s) / (HIGHER + 1) apart
 _ROUNDED = 1e-6  # rounding of the fractions of levels
-HELD_OUT = 0.25  # fraction of the calibration sequences that a search evaluates on
+HELD_OUT = 0.25  # most of the calibration sequences that a search evaluates on, as a fraction
+SEARCH_TOKENS = 2048  # about as many tokens it evaluates on, in whole sequences
 LOSS_TOKENS = 4096  # tokens on which the loss with a pruned block is measured
 MIXED = ("4:8", "2:4", "1:4")  # the levels of the rule "patterns", in addition to dense
 
@@ -63,6 +64,17 @@ def budget_of(model: nn.Module, target: Target) -> tuple[list[tuple[int, WeightV
             f"the overrides alone leave no way to {target.label} of all matrices: change them or the sparsity"
         )
     return sharing, budget
+
+
+def held_out(text: Sequences) -> tuple[Sequences, Sequences]:
+    """The text on which a search prunes matrices, and the held-out text on which it evaluates allocations.
+
+    Raises:
+        UserError: there is only one sequence.
+    """
+    if len(text.rows) < 2:
+        raise UserError("a search needs held-out text: give at least two calibration sequences")
+    return text.split(min(HELD_OUT, SEARCH_TOKENS / text.tokens))
 
 
 def last_levels(rule: str, views: Sequence[WeightView], target: Target) -> list[Target]:
@@ -225,7 +237,12 @@ class BudgetProblem:
         return self._curves(errors, path)
 
     def _sensitive(
-        self, *, order: int, measured: bool = False, path: dict[str, list[Target]] | None = None
+        self,
+        *,
+        order: int,
+        measured: bool = False,
+        path: dict[str, list[Target]] | None = None,
+        levels: Levels | None = None,
     ) -> list[Curve]:
         """Curves of the estimated increase of the loss, in nats per token.
 
@@ -240,6 +257,7 @@ class BudgetProblem:
             measured: scale the curves of each block, so that their sum at the sparsity of the whole is the increase
                 measured with this block pruned.
             path: the levels of each matrix; by default those of `_path`.
+            levels: the errors at these levels, if they have been measured.
         """
         path = path or self._path()
         reference = self._reference(path)
@@ -255,7 +273,7 @@ class BudgetProblem:
             before = measurements.mean_loss(self.model, part)
             how["loss"] = lambda: measurements.mean_loss(self.model, part)
             how["reference"] = reference
-        levels = self._levels(path, **how)
+        levels = levels or self._levels(path, **how)
         errors = {view.name: _estimated(view.name, levels, slopes) for view in self.views}
         if measured:
             for block in set(self.blocks):
@@ -330,12 +348,10 @@ class BudgetProblem:
     # Searches
 
     def _search(self) -> tuple[dict[str, str], dict[str, Any]]:
-        self._split()
-        curves = self._sensitive(order=2)
-        estimated, _ = self._by_slopes(curves)
+        table, space, path, levels = self._table()
+        estimated, _ = self._by_slopes(self._sensitive(order=2, path=path, levels=levels))
         fractions = torch.tensor([target_named(estimated[view.name]).fraction for view in self.views]).double()
         start = (fractions / self.most).clamp(1e-3, 1 - 1e-3).logit()
-        table, space, path = self._table()
         try:
             result = pattern_search(
                 space,
@@ -350,7 +366,7 @@ class BudgetProblem:
         return self._evaluated(result, space, path), _figures(result)
 
     def _evolutionary(self) -> tuple[dict[str, str], dict[str, Any]]:
-        table, space, path = self._table()
+        table, space, path, _ = self._table()
         start = space.levels(torch.zeros(len(self.views), dtype=torch.float64))
         try:
             result = evolutionary_search(space, table.loss, start, self.passes, self.runtime.journal, self.task.seed)
@@ -366,24 +382,16 @@ class BudgetProblem:
         levels = _removing_enough(space.curves, result.levels, self.budget)
         return self._fractions(met_exactly(space.curves, levels, self.budget))
 
-    def _split(self) -> tuple[Sequences, Sequences]:
-        """The text on which matrices are pruned, and the held-out text on which a search evaluates.
+    def _table(self) -> tuple[Table, Space, dict[str, list[Target]], Levels]:
+        """Prunes each matrix to evenly spaced levels, on the part of the calibration text that is not held out.
+
+        Returns:
+            The pruned matrices, the space of allocations over them, their levels by name, and the errors at these.
 
         Raises:
             UserError: there is only one sequence.
         """
-        text, held_out = self.task.calibration.split(HELD_OUT)
-        if not held_out.rows:
-            raise UserError("a search needs held-out text: give at least two calibration sequences")
-        return text, held_out
-
-    def _table(self) -> tuple[Table, Space, dict[str, list[Target]]]:
-        """Prunes each matrix to evenly spaced levels, on the part of the calibration text that is not held out.
-
-        Returns:
-            The pruned matrices, the space of allocations over them, and their levels by name.
-        """
-        text, held_out = self._split()
+        text, evaluated = held_out(self.task.calibration)
         path = self._path()
         if self.task.target.pattern is None:
             step = (1.0 - self.fraction) / (HIGHER + 1)
@@ -392,8 +400,8 @@ class BudgetProblem:
         part = replace(self.task, calibration=text)
         measured = measurements.levels(self.model, part, self.runtime, path, keep=True, part="table")
         curves = [self._of_levels(view, size, path[view.name]) for view, size in self._sized()]
-        table = Table(self.model, held_out, self.views, [measured.weights[view.name] for view in self.views])
-        return table, Space(self.sizes, curves, self.budget, self.most), path
+        table = Table(self.model, evaluated, self.views, [measured.weights[view.name] for view in self.views])
+        return table, Space(self.sizes, curves, self.budget, self.most), path, measured
 
     def _groups(self) -> list[list[int]]:
         """Groups of matrices for a pattern search, coarse ones first: matrices of one kind, ranges of blocks, blocks,

@@ -26,7 +26,7 @@ from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.structure import WeightView
 
 SEARCHES = ("search", "evolutionary")
-PASSES = 256  # forward passes of a search, by default
+PASSES = 128  # forward passes of a search, by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ RULES: Mapping[str, Rule] = {
     "patterns": Rule(summary="knapsack over the levels dense, 4:8, 2:4 and 1:4", levels=len(MIXED), gradients=True),
     "search": Rule(
         summary="from fisher, moves that lower the loss on held-out calibration text",
-        levels=_CURVES + _TABLE,
+        levels=_TABLE,
         gradients=True,
         losses=True,
     ),
