@@ -3,12 +3,14 @@
     python -m benchmarks.joint OUT [--methods admm,sparsellm] [--targets 0.5,0.6] [--allocations fisher] [--seeds 0,1]
     python -m benchmarks.joint OUT --model DIR --data FILE --eval-data FILE [--rows none,all] [--blimp blimp.tar.xz]
 
-By default the embedded model is pruned on its own text. Every row is a run of `admm_prune.prune` on the same tokens, in
-memory. It has the perplexity, the weights removed as counted in the pruned model, the CPU seconds of allocation and
-pruning, with `--blimp` the accuracy on BLiMP for the first seed, and errors on validation tokens, averaged over the
-blocks: `alone` and `together` are the relative errors of the attention output with value and output projections pruned
-separately (on the tokens of the fit) and jointly; `before` and `after` are the errors of the block output before and
-after the refit, which starts from matrices pruned on all tokens and is kept only if it lowers the error.
+By default the embedded model is pruned on its own text. Every row is a run of `admm_prune.prune`, in memory, on the
+same tokens as the other rows of its seed; a seed draws calibration and evaluation sequences, so that ratios can be
+compared between seeds, and perplexities cannot. A row has the perplexity, the weights removed as counted in the pruned
+model, the CPU seconds of allocation and pruning, with `--blimp` the accuracy on BLiMP for the first seed, and errors on
+validation tokens, averaged over the blocks: `alone` and `together` are the relative errors of the attention output with
+value and output projections pruned separately (on the tokens of the fit) and jointly; `before` and `after` are the
+errors of the block output before and after the refit, which starts from matrices pruned on all tokens and is kept only
+if it lowers the error.
 
 The rows are `none` (the method without these steps), `attention`, `refit`, `both` (of these two), and for every rule of
 `--allocations` also `allocation`, `allocation-refit` and `all`. A row is written to OUT/runs.csv as soon as it is
@@ -214,8 +216,8 @@ def text_table(rows: Sequence[Row], head: str) -> str:
     lines = [
         head,
         "relative: to the method without steps, ratio: to sparsegpt, both on the same draw, mean over draws;",
-        "spread: of perplexities over draws; CPU s: of allocation and pruning; errors: on validation tokens,",
-        "means over the blocks.",
+        "spread: of perplexities over draws, each with its own evaluation sequences; CPU s: of allocation and pruning;",
+        "errors: on validation tokens, means over the blocks.",
     ]
     columns = f"{'method':10} {'steps':58} {'perplexity':>10} {'spread':>7} {'draws':>5} {'relative':>8} {'ratio':>6}"
     for place in dict.fromkeys((row["model"], row["settings"], row["target"]) for row in rows):
