@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from admm_prune.errors import UserError
-from admm_prune.methods.allocation.budget import LOSS_TOKENS, held_out
+from admm_prune.methods.allocation.budget import LOSS_TOKENS, held_out, table_sparsities
 from admm_prune.methods.allocation.measurements import GRADIENT_SEQUENCES
 from admm_prune.methods.allocation.measurements import SOLVER as PATH_SOLVER
 from admm_prune.methods.allocation.rules import RULES, SEARCHES, AllocationRule
@@ -42,6 +42,7 @@ from admm_prune.plan.whole_model import ACTIVATIONS_PART, WEIGHTS, evaluating
 from admm_prune.solvers.together import Shape, batches
 from admm_prune.statistics import SUM_BYTES, UNWEIGHTED, TokenWeighting
 
+TABLE = "table of pruned matrices"  # of a search
 GRAMS, SOLVER, FORWARD = "Grams", "solver", "forward pass of a batch"
 SCORES, _SCORE_BYTES = "token scores", 4  # of a token, in float32
 
@@ -190,6 +191,11 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
         stream, device: as for `pruning_stages`.
     """
     measured, text = RULES[rule.name], task.calibration
+    levels = measured.levels
+    if levels and task.target.pattern is not None:
+        levels = task.target.pattern[1] - 1
+    elif rule.name in SEARCHES:
+        levels = len(table_sparsities(task.target.fraction))
     stages: list[Stage] = []
     weights = _held_weights(anatomy, stream=stream)
     pruned = sum(view.read().nbytes for one in anatomy.blocks for view in one.weights)
@@ -199,12 +205,12 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
             for _, block, count in block_pass.kinds():
                 collected = block_pass.collect(block_pass.pruned(block.weights))
                 # The levels of fractions are rows of one problem, those of patterns problems of their own.
-                stacked = measured.levels if task.target.pattern is None else 1
+                stacked = levels if task.target.pattern is None else 1
                 path = replace(collected, shared=[(views * stacked, width) for views, width in collected.shared])
                 several = [collected.stage("statistics").times(count)]
-                if measured.levels:
+                if levels:
                     _, *solves = _local(path, PATH_SOLVER, task, count, block_pass)
-                    several += [stage.times(measured.levels // stacked) for stage in solves]
+                    several += [stage.times(levels // stacked) for stage in solves]
                 several.append(_forward("next inputs", block_pass.advance(), count))
                 stages += [stage.beside({**weights, **block_pass.held}) for stage in several]
         if measured.gradients or measured.losses:
@@ -217,7 +223,7 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
                 sequences += rule.passes * len(held_out(text)[1].rows)
             elif measured.losses:
                 sequences += len(anatomy.blocks) * -(-LOSS_TOKENS // text.length)
-            table = {"table of pruned matrices": measured.levels * pruned} if rule.name in SEARCHES else {}
+            table = {TABLE: levels * pruned, "dense matrices": pruned} if rule.name in SEARCHES else {}
             parts = {**weights, **table, "logits": cost.peak}
             if rule.name == "taylor":  # keeps the gradients, in float32
                 parts["gradients"] = sum(4 * view.read().numel() for one in anatomy.blocks for view in one.weights)

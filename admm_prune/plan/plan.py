@@ -24,6 +24,7 @@ from admm_prune.plan.blockwise import (
     GRAMS,
     SCORES,
     SOLVER,
+    TABLE,
     allocating,
     pruning_stages,
 )
@@ -41,7 +42,7 @@ from admm_prune.settings import PlanSettings, TextSettings, options
 
 _GB = 1e9
 TEXT, TOKENS = "text", "tokenizer's lists"
-_ON_HOST = (LIBRARIES, ACTIVATIONS_PART, SCORES, TEXT, TOKENS)  # parts on the host, whatever the device
+_ON_HOST = (LIBRARIES, ACTIVATIONS_PART, SCORES, TABLE, TEXT, TOKENS)  # parts on the host, whatever the device
 _AT_ONCE = 2  # checkpoints, and activations, on disk at once: the old ones are deleted when the new ones are complete
 _RECORD = 32 << 10  # bytes per block in the journal, mostly states of the random number generators
 _MATRIX = 8 << 10  # bytes per pruned matrix in the records, the manifest and the report
@@ -382,7 +383,7 @@ def _disk(anatomy: Anatomy, stages: list[Stage], output: int, *, stream: bool) -
 
     A method that trains writes its state to checkpoints: the weights in float32, Adam's moments, masks, anchors, and
     the best weights so far. Other methods write every finished block to the journal; if the files of a streamed model
-    have its parameters under the same names, the output links to those.
+    have its parameters under the same names, the output links to those. A search of an allocation keeps its table.
 
     Args:
         stages: of a run in a single process.
@@ -396,6 +397,8 @@ def _disk(anatomy: Anatomy, stages: list[Stage], output: int, *, stream: bool) -
         held = max((stage.parts.get(ACTIVATIONS_PART, 0) for stage in stages), default=0)
         linked = stream and not anatomy.renames
         journal = {"journal": 0 if linked else output, "activations in the journal": _AT_ONCE * held}
+        table = max((stage.parts.get(TABLE, 0) for stage in stages), default=0)
+        journal |= {f"{TABLE} in the journal": table} if table else {}
     matrices = sum(len(block.weights) for block in anatomy.blocks)
     results = _RECORD * (len(anatomy.blocks) + _AT_ONCE) + _MATRIX * matrices + _PAGES
     others = {"records, report and tokenizer": results + _tokenizer_bytes(anatomy.source)}

@@ -47,6 +47,8 @@ def measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
         ("elsa", {"steps": 16}),
         pytest.param("staged", {"steps": 16}, marks=pytest.mark.slow),
         ("wanda", {}),
+        ("wanda", {"allocation": "search", "allocation_passes": 2}),
+        pytest.param("wanda", {"allocation": "fisher"}, marks=pytest.mark.slow),
         pytest.param("admm", {"stream": True, "refit": "block"}, marks=pytest.mark.slow),
         pytest.param("struprune", {}, marks=pytest.mark.slow),
         pytest.param("sparsellm", {"refit": "block"}, marks=pytest.mark.slow),

@@ -77,6 +77,12 @@ def held_out(text: Sequences) -> tuple[Sequences, Sequences]:
     return text.split(min(HELD_OUT, SEARCH_TOKENS / text.tokens))
 
 
+def table_sparsities(fraction: float) -> list[float]:
+    """The levels of the table of a search, for a budget that is this fraction of the weights."""
+    step = (1.0 - fraction) / (HIGHER + 1)
+    return [s for k in range(-LOWER, HIGHER + 1) if (s := fraction + k * step) > 0]
+
+
 def last_levels(rule: str, views: Sequence[WeightView], target: Target) -> list[Target]:
     """The level of each matrix that removes the most weights: 1:M for a pattern N:M, otherwise all of them."""
     if rule == "patterns":
@@ -394,9 +400,7 @@ class BudgetProblem:
         text, evaluated = held_out(self.task.calibration)
         path = self._path()
         if self.task.target.pattern is None:
-            step = (1.0 - self.fraction) / (HIGHER + 1)
-            every = [self.fraction + k * step for k in range(-LOWER, HIGHER + 1)]
-            path = {view.name: [Target(sparsity=s) for s in every if s > 0] for view in self.views}
+            path = {view.name: [Target(sparsity=s) for s in table_sparsities(self.fraction)] for view in self.views}
         part = replace(self.task, calibration=text)
         measured = measurements.levels(self.model, part, self.runtime, path, keep=True, part="table")
         curves = [self._of_levels(view, size, path[view.name]) for view, size in self._sized()]

@@ -36,7 +36,7 @@ class Rule:
     Attributes:
         summary: one line for the documentation.
         collects: whether it needs statistics of the inputs of every matrix, from a pass over the blocks.
-        levels: the number of levels to which every matrix is pruned.
+        levels: the number of levels to which every matrix is pruned; of a search, the most.
         gradients: whether it needs gradients of the calibration loss, which need the whole model in memory.
         losses: whether it needs losses of the model with pruned blocks or matrices, which also need it in memory.
     """
