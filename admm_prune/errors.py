@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from difflib import SequenceMatcher, get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
@@ -139,3 +141,38 @@ def check_type(name: str, annotation: str, value: object) -> None:
         fits = fits and all(isinstance(one, str) for one in value)
     if not fits:
         raise UserError(f"{name} must be {' or '.join(_TYPES[part][1] for part in parts)}, not {value!r}")
+
+
+def check_at_least(settings: object, **least: float) -> None:
+    """Raises UserError if a setting of a dataclass does not have its declared type, or is smaller than this, or NaN;
+    None is not compared."""
+    for name, lowest in least.items():
+        value = _checked_type(settings, name)
+        if value is not None and not value >= lowest:
+            raise UserError(f"{name} of {type(settings).__name__} must be at least {lowest:g}, not {value}")
+
+
+def check_positive(settings: object, *names: str) -> None:
+    """Raises UserError if a setting of a dataclass does not have its declared type, or is not positive and finite; None
+    is not compared."""
+    for name in names:
+        value = _checked_type(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} of {type(settings).__name__} must be positive and finite, not {value}")
+
+
+def check_fractions(settings: object, *names: str) -> None:
+    """Raises UserError if a setting of a dataclass does not have its declared type, or is not between 0 and 1."""
+    for name in names:
+        value = _checked_type(settings, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"{name} of {type(settings).__name__} must lie between 0 and 1, not {value}")
+
+
+def _checked_type(settings: Any, name: str) -> Any:
+    declared = next(one.type for one in fields(settings) if one.name == name)
+    value, label = getattr(settings, name), f"{name} of {type(settings).__name__}"
+    check_type(label, declared if isinstance(declared, str) else getattr(declared, "__name__", str(declared)), value)
+    if isinstance(value, Real) and math.isnan(value):
+        raise UserError(f"{label} must be a number, not nan")
+    return value

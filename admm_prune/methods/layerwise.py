@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, check_at_least
 from admm_prune.methods.base import (
     IN_PROCESS,
     Budget,
@@ -68,6 +68,9 @@ class Layerwise(Capabilities):
     method: Method
     samples: int = 128
     joint: Joint = Joint()
+
+    def __post_init__(self) -> None:
+        check_at_least(self, samples=1)
 
     @property
     def name(self) -> str:

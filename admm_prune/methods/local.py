@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from admm_prune.errors import UserError, unknown
+from admm_prune.errors import UserError, check_at_least, unknown
 from admm_prune.methods.part_checks import explained_parts
 from admm_prune.methods.parts import (
     RECONSTRUCTION,
@@ -68,6 +68,9 @@ class Method:
     problem: LayerProblem = RECONSTRUCTION
     sets: SetFamily | None = None
     reads_inputs: bool = True
+
+    def __post_init__(self) -> None:
+        check_at_least(self, ridge=0, damping=0)
 
     def constraint(self, target: Target) -> SparseSet:
         """The sparse set of this method for a target.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, check_at_least
 from admm_prune.methods.base import (
     IN_PROCESS,
     Capabilities,
@@ -120,6 +120,9 @@ class SparseLLM(Capabilities):
     first_half: bool = False
     samples: int = 128
     joint: Joint = Joint()
+
+    def __post_init__(self) -> None:
+        check_at_least(self, rounds=1, descent=0, samples=1)
 
     @property
     def budget(self) -> Literal["matrix", "model"]:

@@ -19,6 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from admm_prune.errors import UserError, check_at_least, check_fractions
+
 _ROUNDING = 1e-9  # of all that could be saved
 _SKEWED = 10.0  # energies whose largest is so many times their median are compared by their logarithms
 
@@ -121,6 +123,9 @@ class Uniform:
 
     most: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_fractions(self, "most")
+
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
         return take_steps(curves, budget, lambda _, middle: middle, self.most)
 
@@ -140,6 +145,12 @@ class CappedSoftmax:
     temperature: float = 1.0
     most: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_at_least(self, temperature=0)
+        if self.temperature == 0:
+            raise UserError("temperature of CappedSoftmax must be positive, not 0")
+        check_fractions(self, "most")
+
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
         shift = [e / self.temperature for e in standardized(energies(curves, budget))]
         return take_steps(curves, budget, lambda l, middle: middle.log() + shift[l], self.most)
@@ -155,6 +166,10 @@ class Binomial:
 
     temperature: float = 1.0
     most: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_at_least(self, temperature=0)
+        check_fractions(self, "most")
 
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
         e = standardized(energies(curves, budget))
@@ -172,6 +187,10 @@ class EqualSlope:
 
     temperature: float = 0.0
     most: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_at_least(self, temperature=0)
+        check_fractions(self, "most")
 
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
         if math.isinf(self.temperature):
@@ -198,6 +217,9 @@ class Owl:
 
     spread: float = 0.08
     factor: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_at_least(self, spread=0, factor=0)
 
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
         shares = []

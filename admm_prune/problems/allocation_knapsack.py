@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from admm_prune.errors import check_at_least, check_fractions
 from admm_prune.problems.allocation import Allocation, Curve, allocation, check_budget, required_saving
 
 Array = NDArray[np.float64]
@@ -48,6 +49,10 @@ class Knapsack:
     gap: float = 1e-6
     time_limit: float = 30.0
     max_nodes: int = 2000
+
+    def __post_init__(self) -> None:
+        check_fractions(self, "most")
+        check_at_least(self, choices=2, gap=0, time_limit=0, max_nodes=0)
 
     def allocate(self, curves: Sequence[Curve], budget: float) -> Allocation:
         check_budget(curves, budget, self.most)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from admm_prune.errors import check_positive
 from admm_prune.ops.activations import Activation, pre_activation
 from admm_prune.point import Point
 from admm_prune.problem import Constraint, Problem
@@ -55,7 +56,7 @@ class Penalties:
     Only their ratios matter.
 
     Raises:
-        ValueError: one is not positive.
+        UserError: one is not positive and finite.
     """
 
     alpha: float = 1.0
@@ -63,8 +64,7 @@ class Penalties:
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.alpha, self.beta, self.gamma) <= 0:
-            raise ValueError(f"alpha, beta and gamma must be positive, not {self.alpha}, {self.beta}, {self.gamma}")
+        check_positive(self, "alpha", "beta", "gamma")
 
     @property
     def linear(self) -> float:

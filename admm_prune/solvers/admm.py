@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, check_at_least
 from admm_prune.ops import backend, selection, splitting
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Proximable, Quadratic, RunConstraint, SupportConstraint, fits, require
 from admm_prune.result import Progress
 from admm_prune.solvers.admm_state import ADMMState, Batch, Measured, Stepper
-from admm_prune.solvers.base import Iterative, check_at_least, projection_in_its_metric
+from admm_prune.solvers.base import Iterative, projection_in_its_metric
 from admm_prune.solvers.refit import refit_
 from admm_prune.solvers.schedules import Constant, CubicSparsity, LogSpaced, PenaltySchedule, SupportDriven
 from admm_prune.solvers.x_updates import ProximalUpdate, QuadraticUpdate
@@ -75,7 +75,7 @@ class ADMM(Iterative[ADMMState]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, freeze_after=0, refit_iterations=0)
+        check_at_least(self, relaxation=0, fast_until=0, freeze_after=0, refit_iterations=0, tolerance=0)
         if not 0 < self.relaxation < 2:
             raise UserError(f"relaxation of ADMM must lie between 0 and 2, not {self.relaxation}")
 

@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import dataclass, field
 
+from admm_prune.errors import check_at_least
 from admm_prune.point import Point
 from admm_prune.problem import Coordinated, Minimizable, Problem, Safeguarded, fits, require
 from admm_prune.result import Progress
@@ -42,9 +43,11 @@ class Alternating(Iterative[AlternatingState]):
         refit: fits a block anew on the support of its start.
         together: if given, ends every round: improves all blocks jointly on their supports, is kept if the validation
             loss decreases, and is the start of the next round. The last block of the best round is then refitted.
-        tolerance: stop after a round that lowers the validation loss by less, relative to the best round before.
+        tolerance: stop after a round that lowers the validation loss by less, relative to the best round before. With a
+            negative one a round may raise the loss; -inf never stops.
 
     Raises:
+        UserError: a setting out of range.
         TypeError: the problem is not Coordinated.
 
     Reference implementation: `textbook.sparsellm`.
@@ -58,6 +61,10 @@ class Alternating(Iterative[AlternatingState]):
     refit: Solver = Refit(max_iterations=20)
     together: Solver | None = None
     tolerance: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, freeze_after=0, tolerance=-math.inf)
 
     def check(self, problem: Problem) -> None:
         require(self, problem, Coordinated, "it solves block after block and validates the whole")

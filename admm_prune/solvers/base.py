@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from admm_prune.errors import NonFiniteError, UserError
+from admm_prune.errors import NonFiniteError, UserError, check_at_least
 from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Quadratic
@@ -236,14 +236,6 @@ class Iterative(ABC, Generic[StateT]):
             if news:
                 news[-1] = replace(news[-1], objective=objective)
         return news
-
-
-def check_at_least(settings: object, **least: float) -> None:
-    """Raises UserError where a setting is less than its least value, or NaN; None is no value."""
-    for name, lowest in least.items():
-        value = getattr(settings, name)
-        if value is not None and not value >= lowest:
-            raise UserError(f"{name} of {type(settings).__name__} must be at least {lowest:g}, not {value}")
 
 
 def checked_start(problem: Problem, start: Any) -> Point | None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from admm_prune.errors import check_at_least
 from admm_prune.ops import group_compensation, precision
 from admm_prune.point import Point
 from admm_prune.problem import GroupConstraint, Quadratic, checked_constraint, require
 from admm_prune.result import Result
-from admm_prune.solvers.base import check_at_least, closed_form
+from admm_prune.solvers.base import closed_form
 
 _UPDATES = 128  # updates of the scores, where the batch is not given
 _LARGEST_BATCH = 32

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from admm_prune.errors import NonFiniteError
+from admm_prune.errors import NonFiniteError, check_at_least
 from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, SupportConstraint, checked_constraint, require
@@ -18,7 +18,6 @@ from admm_prune.result import Result, Status
 from admm_prune.solvers.base import (
     Run,
     Solver,
-    check_at_least,
     checked_start,
     inner_notes,
     offer_start,

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
-from admm_prune.errors import unknown
+from admm_prune.errors import check_at_least, unknown
 from admm_prune.ops import backend, precision, quadratic, selection
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, RunConstraint, SupportConstraint, checked_constraint, require
 from admm_prune.result import Result
-from admm_prune.solvers.base import check_at_least, closed_form
+from admm_prune.solvers.base import closed_form
 
 _PANEL = 16  # columns updated one by one before the rest of the block follows in one product
 _WIDEST_GROUP = 32  # of the kernel

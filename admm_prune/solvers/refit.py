@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
+from admm_prune.errors import check_at_least
 from admm_prune.ops import precision, quadratic
 from admm_prune.ops.exact_refit import exact_refit, kkt_residual
 from admm_prune.ops.group_compensation import minimize_on_columns
@@ -35,6 +36,7 @@ class Refit:
             dtype, and the rows where A is singular on the support, whose solution is the one of least norm.
 
     Raises:
+        UserError: a setting out of range.
         TypeError: the problem is neither Quadratic nor Refittable, or its constraint no SupportConstraint.
         ValueError: neither an inner solver nor a start.
     """
@@ -43,6 +45,9 @@ class Refit:
     tolerance: float = 1e-5
     max_iterations: int = 100
     exact: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least(self, tolerance=0, max_iterations=0)
 
     @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from admm_prune.errors import UserError
+from admm_prune.errors import check_at_least, check_positive
 
 
 class PenaltySchedule(Protocol):
@@ -27,16 +26,6 @@ class PenaltySchedule(Protocol):
         ...
 
 
-def _check_schedule(schedule: PenaltySchedule, *penalties: str) -> None:
-    """Raises UserError unless its penalties are positive and finite, and it changes at intervals of at least 1."""
-    for name in penalties:
-        value = getattr(schedule, name)
-        if not 0 < value < math.inf:
-            raise UserError(f"{name} of {type(schedule).__name__} must be positive and finite, not {value}")
-    if schedule.every < 1:
-        raise UserError(f"every of {type(schedule).__name__} must be at least 1, not {schedule.every}")
-
-
 @dataclass(frozen=True)
 class Constant:
     """rho_t = value."""
@@ -45,7 +34,8 @@ class Constant:
     every: int = 1 << 30
 
     def __post_init__(self) -> None:
-        _check_schedule(self, "value")
+        check_positive(self, "value")
+        check_at_least(self, every=1)
 
     def rho(self, iteration: int, previous: float, changed: float) -> float:
         return self.value
@@ -61,7 +51,8 @@ class LogSpaced:
     every: int = 3
 
     def __post_init__(self) -> None:
-        _check_schedule(self, "start", "stop")
+        check_positive(self, "start", "stop")
+        check_at_least(self, over=1, every=1)
 
     def rho(self, iteration: int, previous: float, changed: float) -> float:
         return float(self.start * (self.stop / self.start) ** min(1.0, iteration / max(1, self.over - 1)))
@@ -79,7 +70,8 @@ class SupportDriven:
     every: int = 3
 
     def __post_init__(self) -> None:
-        _check_schedule(self, "start", "limit")
+        check_positive(self, "start", "limit")
+        check_at_least(self, every=1)
 
     def rho(self, iteration: int, previous: float, changed: float) -> float:
         if previous == 0.0:
@@ -98,8 +90,7 @@ class CubicSparsity:
     over: int = 15
 
     def __post_init__(self) -> None:
-        if self.over < 1:
-            raise UserError(f"over of CubicSparsity must be at least 1, not {self.over}")
+        check_at_least(self, over=1)
 
     def fraction(self, iteration: int) -> float:
         return float(1.0 - max(0.0, 1.0 - (iteration + 1) / self.over) ** 3)

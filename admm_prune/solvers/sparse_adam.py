@@ -126,8 +126,8 @@ class SparseAdam(Optimizer):
         chosen = parameter_groups(params, target, targets=targets, ignore=ignore)
         self.timeline = Timeline(
             interval=interval,
-            first=interval if first_update is None else first_update,
-            total=total_steps,
+            first_update=interval if first_update is None else first_update,
+            total_steps=total_steps,
             freeze=(0.25 if total_steps else 0.0) if freeze is None else freeze,
             ramp=ramp,
         )
@@ -457,7 +457,7 @@ class SparseAdam(Optimizer):
         """Counts the step; updates the duals, or freezes, where that is due. The schedule counts skipped steps too."""
         step = self._calls
         self._set("steps_done", self.steps_done + 1)
-        if step == self.timeline.total:
+        if step == self.timeline.total_steps:
             _warn(f"step() {self.timeline.wrong_length(step + 1)}", 6)
         if self.frozen:
             return

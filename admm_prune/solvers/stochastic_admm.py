@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from admm_prune.errors import check_at_least, check_fractions
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Stochastic, SupportConstraint, checked_constraint, require
 from admm_prune.result import Progress
@@ -71,6 +72,11 @@ class StochasticADMM(Iterative[_Training]):
     moments: MomentFormat = "full"
     tolerance: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, total_steps=1, lr=0, interval=1, tolerance=0, seed=0)
+        check_fractions(self, "freeze")
 
     def check(self, problem: Problem) -> None:
         require(self, problem, Stochastic, "its steps follow gradients of samples")

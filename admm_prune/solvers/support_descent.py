@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from admm_prune.errors import check_at_least, check_positive
 from admm_prune.point import Point
 from admm_prune.problem import Problem, Stochastic, SupportConstraint, checked_constraint, require
 from admm_prune.result import Progress
-from admm_prune.solvers.base import Iterative, check_at_least
+from admm_prune.solvers.base import Iterative
 
 _TINY = 1e-12  # makes 0 / 0 off the support 0; relative to the largest entry of the first gradient
 
@@ -53,6 +54,7 @@ class SupportDescent(Iterative[DescentState]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_positive(self, "rate")
         check_at_least(self, warm_up=1, over=1)
 
     @classmethod

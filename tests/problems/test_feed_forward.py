@@ -280,7 +280,7 @@ def test_a_target_that_is_nan_is_no_perfect_fit() -> None:
 
 
 def test_wrong_input_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"alpha, beta and gamma must be positive, not 1\.0, 0\.0, 1\.0"):
+    with pytest.raises(ValueError, match=r"beta of Penalties must be positive and finite, not 0\.0"):
         Penalties(beta=0.0)
     w, h = torch.eye(WIDTH), torch.eye(WIDTH)
     with pytest.raises(ValueError, match="correlation needs target_energy"):

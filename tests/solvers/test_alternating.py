@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
+from admm_prune.errors import UserError
 from admm_prune.point import Point
 from admm_prune.problem import Problem
 from admm_prune.problems.constraints import Unstructured
@@ -17,7 +19,7 @@ from admm_prune.result import Result, Status
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.obs import SparseGPT
-from admm_prune.solvers.one_shot import Magnitude
+from admm_prune.solvers.one_shot import Magnitude, Wanda
 from admm_prune.solvers.support_descent import SupportDescent
 from admm_prune.testing import assert_solver_conforms
 from admm_prune.testing.supports import OnlyStochastic
@@ -193,3 +195,9 @@ class Fading:
 
     def validation_loss(self, x: Point) -> float:
         return {1.0: 1.0, 2.0: 0.5, 3.0: 0.75}[float(x["weight"])]
+
+
+@pytest.mark.parametrize("how", [{"freeze_after": -1}, {"tolerance": math.nan}, {"max_iterations": 1.5}], ids=str)
+def test_settings_out_of_range_are_refused(how: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"{next(iter(how))} of Alternating must be"):
+        Alternating(inner=Wanda(), **how)

@@ -229,7 +229,7 @@ def test_admm_needs_only_a_prox() -> None:
         Unstructured(0.5),
         ridge=0.0,
     )  # unit diagonal up to a factor: both coordinates agree
-    solver = ADMM(refit=False, max_iterations=15, tolerance=-1.0)
+    solver = ADMM(refit=False, max_iterations=15, tolerance=0.0)
     through_prox = solver.solve(OnlyProximable(identity_metric))
     open_problem = solver.solve(identity_metric)
     assert torch.allclose(through_prox.solution["weight"], open_problem.solution["weight"], rtol=1e-8)

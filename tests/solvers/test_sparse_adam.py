@@ -389,7 +389,7 @@ def test_masks_to_begin_with_are_kept_until_the_first_update() -> None:
         ({"sparsity": 0.5, "lr": -1.0}, "lr"),
         ({"sparsity": 0.5, "freeze": 0.5}, "total_steps"),
         ({"sparsity": 0.5, "interval": 0}, "interval"),
-        ({"sparsity": 0.5, "penalty": math.nan}, "penalty"),
+        ({"sparsity": 0.5, "penalty": math.nan}, "value of Penalty must be a number"),
         ({"sparsity": 0.5, "eps": 0.0}, "eps is above it"),
         ({"sparsity": 0.5, "clip": 0.0}, "clip is a norm above 0"),
         ({"sparsity": 0.5, "clip": -1.0}, "clip is a norm above 0"),

@@ -246,9 +246,9 @@ def test_a_run_that_is_frozen_throughout_is_sparse_throughout(
 
 
 def test_progress_without_steps_before_the_freeze_is_complete() -> None:
-    timeline = Timeline(total=2, freeze=0.9, ramp=0.5)
+    timeline = Timeline(total_steps=2, freeze=0.9, ramp=0.5)
     assert (timeline.freeze_at, timeline.progress(0), timeline.fraction(0)) == (0, 1.0, 1.0)
-    assert Timeline(total=2, freeze=0.5, ramp=0.5).fraction(0) == 0.0
+    assert Timeline(total_steps=2, freeze=0.5, ramp=0.5).fraction(0) == 0.0
 
 
 def test_parameters_that_are_exchanged_for_others_are_pruned_as_they_were() -> None:

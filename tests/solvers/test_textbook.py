@@ -34,7 +34,7 @@ def selection_of(constraint: SupportConstraint) -> textbook.Select:
 @given(seed=seeds, relaxation=st.sampled_from([1.0, 1.5]))
 def test_admm(make, constraint, seed, relaxation) -> None:
     penalty = LogSpaced(0.05, 3.0, over=20, every=3)
-    solver = ADMM(refit=False, penalty=penalty, relaxation=relaxation, max_iterations=20, tolerance=-1.0)
+    solver = ADMM(refit=False, penalty=penalty, relaxation=relaxation, max_iterations=20, tolerance=0.0)
     problem = make(CONSTRAINTS[constraint], seed=seed)
     rho = [penalty.rho(0, 0.0, 0.0)]
     for t in range(1, 20):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, check_at_least, check_fractions, check_positive
 from admm_prune.methods.base import Outcome, Recipe, Runtime, Task
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
@@ -44,9 +44,10 @@ class DensitySchedule:
     until: float = 0.4
 
     def __post_init__(self) -> None:
-        if not 0 < self.first <= 1 or not 0 < self.ratio < 1 or not 0 <= self.until < 1:
-            given = f"{self.first}, {self.ratio} and {self.until}"
-            raise UserError(f"first, ratio and until of a schedule lie between 0 and 1, not {given}")
+        check_positive(self, "first", "ratio")
+        check_fractions(self, "first", "ratio", "until")
+        if self.ratio == 1 or self.until == 1:
+            raise UserError(f"ratio and until of a schedule must be less than 1, not {self.ratio} and {self.until}")
 
     def densities(self, target: float) -> list[float]:
         """The densities of all projections, the last of which is the target."""
@@ -156,6 +157,11 @@ class Gradual(Trained):
     interval: int = 16
     ramp: float = 0.75
     power: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, interval=1, power=0)
+        check_fractions(self, "ramp")
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
         score = Score(fisher="adam" if self.power else "none", power=self.power)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from admm_prune.errors import UserError
+from admm_prune.errors import check_at_least, check_fractions
 from admm_prune.methods.elsa.baselines import Gradual, Staged, TunedDense
 from admm_prune.methods.elsa.session import Session
 from admm_prune.methods.elsa.trained import Trained
@@ -52,8 +52,8 @@ class Elsa(Staged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.frozen <= 1:
-            raise UserError(f"frozen is a fraction of the run, 0 to 1, not {self.frozen}")
+        check_at_least(self, rho=0, interval=1, power=0)
+        check_fractions(self, "frozen")
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
         penalty = Penalty(value=self.rho * self._density(how) ** 1.5, decoupled=True)
@@ -111,6 +111,10 @@ class Published(Trained):
     warm_up: float = 0.0
     lr: float | None = 2e-4
     penalty: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, penalty=0)
 
     def optimizer(self, how: dict[str, Any]) -> SparseAdam:
         return SparseAdam.faithful(**how, total_steps=self.training_steps, penalty=self.penalty)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, check_at_least
 from admm_prune.models.structure import decoder_blocks, replaced_forward
 from admm_prune.ops.precision import autocast, function_modes
 
@@ -45,8 +45,7 @@ class Engine:
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
             raise UserError(f"precision must be {' or '.join(get_args(Precision))}, not '{self.precision}'")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise UserError(f"micro_batch must be at least 1, not {self.micro_batch}")
+        check_at_least(self, micro_batch=1)
 
     @classmethod
     def of(cls, settings: object) -> Self:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, check_at_least, check_fractions
 from admm_prune.methods.base import (
     IN_PROCESS,
     Budget,
@@ -90,13 +90,8 @@ class Trained(Capabilities, ABC):
     engine: Engine = Engine()
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1:
-            raise UserError(f"steps and batch_size must be at least 1, not {self.steps} and {self.batch_size}")
-        if not (self.lr is None or self.lr >= 0) or not self.lr_multiplier >= 0:
-            raise UserError(f"lr and lr_multiplier must be at least 0, not {self.lr} and {self.lr_multiplier}")
-        if not 0 <= self.distillation <= 1 or not 0 <= self.warm_up <= 1:
-            wrong = f"{self.distillation} and {self.warm_up}"
-            raise UserError(f"distillation and warm_up are fractions, 0 to 1, not {wrong}")
+        check_at_least(self, steps=1, batch_size=1, lr=0, lr_multiplier=0)
+        check_fractions(self, "distillation", "warm_up")
 
     @property
     def text_use(self) -> TextUse:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from admm_prune.errors import UserError
+from admm_prune.errors import UserError, check_at_least
 from admm_prune.methods.base import (
     IN_PROCESS,
     Budget,
@@ -95,6 +95,9 @@ class StruPrune(Capabilities):
     form: Form = "per-layer"
     multiple: int = 1
     ridge: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_at_least(self, samples=1, multiple=1, ridge=0)
 
     @property
     def budget(self) -> Budget:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from admm_prune.errors import UserError, unknown
+from admm_prune.errors import UserError, check_at_least, check_fractions, unknown
 
 Shape = Literal["constant", "linear", "cosine", "exponential"]
 Units = Literal["absolute", "relative"]
@@ -55,13 +55,12 @@ class Penalty:
     divide_by_world: bool = False
 
     def __post_init__(self) -> None:
-        if not self.value >= 0:
-            raise UserError(f"penalty must be a number of at least 0, not {self.value}")
-        if not 0.0 <= self.start <= 1.0:
-            raise UserError(f"the penalty's start is a fraction of its value, 0 to 1, not {self.start}")
+        check_at_least(self, value=0)
+        check_fractions(self, "start")
         if self.shape == "exponential" and self.start == 0.0:
             raise UserError("an exponential penalty cannot start at 0: give a start such as 0.01")
-        if self.balance is not None and not self.balance > 1.0:
+        check_at_least(self, balance=1)
+        if self.balance == 1:
             raise UserError(f"balance compares residuals by a factor above 1, not {self.balance}")
         check_choice("shape of a penalty", self.shape, Shape)
         check_choice("unit of a penalty", self.units, Units)
@@ -98,8 +97,9 @@ class Score:
     hysteresis: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.power < 0 or self.hysteresis < 0 or not 0 <= self.decay < 1:
-            raise UserError("a score needs a power and a hysteresis of at least 0, and a decay from 0 to below 1")
+        check_at_least(self, power=0, hysteresis=0, decay=0)
+        if not self.decay < 1:
+            raise UserError(f"decay of Score must be less than 1, not {self.decay}")
         check_choice("Fisher diagonal", self.fisher, Fisher)
 
     @property
@@ -118,8 +118,8 @@ class Timeline:
 
     Args:
         interval: steps between dual updates.
-        first: the step after which the first update comes.
-        total: the steps of the run; None if its length is unknown, and then nothing depends on progress.
+        first_update: the step after which the first update comes.
+        total_steps: the steps of the run; None if its length is unknown, and then nothing depends on progress.
         freeze: the fraction of the run at its end in which the support stays and pruned weights are zero.
         ramp: the fraction of the steps before the freeze in which the sparsity grows, by 1 - (1 - s)^3 of the target.
 
@@ -127,27 +127,21 @@ class Timeline:
     """
 
     interval: int = 32
-    first: int = 32
-    total: int | None = None
+    first_update: int = 32
+    total_steps: int | None = None
     freeze: float = 0.0
     ramp: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.interval < 1 or self.first < 0:
-            raise UserError(
-                f"dual updates need an interval of at least 1 step, and a first one: {self.interval}, {self.first}"
-            )
-        if self.total is not None and self.total < 1:
-            raise UserError(f"a run has at least 1 step, not {self.total}")
-        if not 0.0 <= self.freeze <= 1.0 or not 0.0 <= self.ramp <= 1.0:
-            raise UserError(f"freeze and ramp are fractions of the run, 0 to 1, not {self.freeze} and {self.ramp}")
-        if self.total is None and (self.freeze not in (0.0, 1.0) or self.ramp):
+        check_at_least(self, interval=1, first_update=0, total_steps=1)
+        check_fractions(self, "freeze", "ramp")
+        if self.total_steps is None and (self.freeze not in (0.0, 1.0) or self.ramp):
             raise UserError("freeze and ramp are fractions of the run: give total_steps, or freeze=0 and ramp=0")
 
     @property
     def freeze_at(self) -> int | None:
-        """The first step with a frozen support; None where there is none, or no `total` to take a fraction of."""
-        return None if self.total is None or not self.freeze else round(self.total * (1.0 - self.freeze))
+        """The first step with a frozen support; None where there is none, or no `total_steps` to take a fraction of."""
+        return None if self.total_steps is None or not self.freeze else round(self.total_steps * (1.0 - self.freeze))
 
     @property
     def frozen_throughout(self) -> bool:
@@ -158,16 +152,20 @@ class Timeline:
         """The part of the steps before the freeze that lie before `step`, 0 to 1; 1 where there are none."""
         if self.frozen_throughout:
             return 1.0
-        end = self.total if self.freeze_at is None else self.freeze_at
+        end = self.total_steps if self.freeze_at is None else self.freeze_at
         return 0.0 if end is None else min(1.0, step / end)
 
     def updated(self, step: int) -> int:
         """The step after which the duals were last updated, before `step`; 0 where they were not yet."""
-        return self.first + (step - 1 - self.first) // self.interval * self.interval if step > self.first else 0
+        return (
+            self.first_update + (step - 1 - self.first_update) // self.interval * self.interval
+            if step > self.first_update
+            else 0
+        )
 
     def due(self, step: int) -> bool:
         """Whether the duals are updated after Adam's step `step`."""
-        return step >= self.first and (step - self.first) % self.interval == 0
+        return step >= self.first_update and (step - self.first_update) % self.interval == 0
 
     def fraction(self, step: int) -> float:
         """The fraction of the final sparsity."""
@@ -177,13 +175,13 @@ class Timeline:
 
     def wrong_length(self, steps: int) -> str | None:
         """A warning for a run that ends, or continues, after `steps`; None if that is as planned."""
-        if self.total is None or steps == self.total:
+        if self.total_steps is None or steps == self.total_steps:
             return None
-        if steps > self.total:
-            return f"after {steps} steps, more than total_steps={self.total}: the schedules ended too early"
+        if steps > self.total_steps:
+            return f"after {steps} steps, more than total_steps={self.total_steps}: the schedules ended too early"
         late = self.freeze_at is not None and steps < self.freeze_at
         return (
-            f"after {steps} steps of total_steps={self.total}, before "
+            f"after {steps} steps of total_steps={self.total_steps}, before "
             f"{'the support was to be frozen' if late else 'the end of the schedules'}: total_steps counts calls of "
             "step(), one for several batches whose gradients are accumulated"
         )

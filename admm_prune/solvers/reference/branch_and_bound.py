@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from admm_prune.errors import check_at_least
 from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem
@@ -276,6 +277,9 @@ class BranchAndBound:
     time_limit: float = math.inf
     gap: float = 1e-9
     max_width: int = 64
+
+    def __post_init__(self) -> None:
+        check_at_least(self, time_limit=0, gap=0, max_width=1)
 
     @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:

@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from admm_prune.errors import NonFiniteError
+from admm_prune.errors import NonFiniteError, check_at_least
 from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import GroupConstraint, Problem, Quadratic, checked_constraint, require
@@ -65,6 +65,9 @@ class GroupExact:
     max_sweeps: int = 50
     max_width: int = 512
     max_choices: int = 1000
+
+    def __post_init__(self) -> None:
+        check_at_least(self, max_sweeps=0, max_width=1, max_choices=1)
 
     @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
@@ -149,6 +152,9 @@ class BruteForceGroups:
 
     max_supports: int = 5_000
 
+    def __post_init__(self) -> None:
+        check_at_least(self, max_supports=1)
+
     @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "it solves the least squares of every set of columns")
@@ -214,6 +220,9 @@ class BruteForce:
     """
 
     max_supports: int = 20_000
+
+    def __post_init__(self) -> None:
+        check_at_least(self, max_supports=1)
 
     @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:

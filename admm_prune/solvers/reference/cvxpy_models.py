@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from admm_prune.errors import check_at_least
 from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Problem
@@ -53,6 +54,9 @@ class MixedIntegerReference:
     solver: str = "SCIP"
     time_limit: float = math.inf
     max_width: int = 32
+
+    def __post_init__(self) -> None:
+        check_at_least(self, time_limit=0, max_width=1)
 
     @precision.full()
     def solve(self, problem: Problem, *, start: Point | None = None) -> Result:
