@@ -14,6 +14,7 @@ import pytest
 
 import admm_prune
 from admm_prune.errors import UserError
+from admm_prune.methods.allocation.rules import AllocationRule
 from admm_prune.methods.local import LOCAL_METHODS
 from admm_prune.methods.registry import recipe_named
 from admm_prune.solvers.alternating import Alternating
@@ -27,6 +28,7 @@ WITH_ARGUMENTS = (
     LOCAL_METHODS["admm"],
     recipe_named("admm"),
     recipe_named("sparsellm"),
+    AllocationRule("search"),
 )
 NEGATIVE = {("Alternating", "tolerance")}
 INTERNAL = ("GroupTarget", "Runtime", "Target")  # made from settings that were checked, or checked where they are used

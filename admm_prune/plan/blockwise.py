@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from admm_prune.errors import UserError
-from admm_prune.methods.allocation.budget import LOSS_TOKENS, held_out, table_sparsities
-from admm_prune.methods.allocation.measurements import GRADIENT_SEQUENCES
+from admm_prune.methods.allocation.budget import LOSS_TOKENS, held_out
+from admm_prune.methods.allocation.measurements import GRADIENT_SEQUENCES, backward
 from admm_prune.methods.allocation.measurements import SOLVER as PATH_SOLVER
 from admm_prune.methods.allocation.rules import RULES, SEARCHES, AllocationRule
 from admm_prune.methods.base import IN_PROCESS, Recipe, Task
@@ -43,6 +43,7 @@ from admm_prune.solvers.together import Shape, batches
 from admm_prune.statistics import SUM_BYTES, UNWEIGHTED, TokenWeighting
 
 TABLE = "table of pruned matrices"  # of a search
+ERRORS = "errors at all levels"  # of the rows of every matrix, in float64
 GRAMS, SOLVER, FORWARD = "Grams", "solver", "forward pass of a batch"
 SCORES, _SCORE_BYTES = "token scores", 4  # of a token, in float32
 
@@ -191,14 +192,12 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
         stream, device: as for `pruning_stages`.
     """
     measured, text = RULES[rule.name], task.calibration
-    levels = measured.levels
-    if levels and task.target.pattern is not None:
-        levels = task.target.pattern[1] - 1
-    elif rule.name in SEARCHES:
-        levels = len(table_sparsities(task.target.fraction))
+    levels = rule.levels(task.target)
     stages: list[Stage] = []
     weights = _held_weights(anatomy, stream=stream)
-    pruned = sum(view.read().nbytes for one in anatomy.blocks for view in one.weights)
+    views = [view for one in anatomy.blocks for view in one.weights]
+    pruned = sum(view.read().nbytes for view in views)
+    errors = {ERRORS: sum(8 * (levels + 1) * view.shape[0] for view in views) if levels else 0}
     with counted() as counting:
         if measured.collects:
             block_pass = BlockPass(anatomy, counting, task, device, stream=stream)
@@ -212,22 +211,27 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
                     _, *solves = _local(path, PATH_SOLVER, task, count, block_pass)
                     several += [stage.times(levels // stacked) for stage in solves]
                 several.append(_forward("next inputs", block_pass.advance(), count))
-                stages += [stage.beside({**weights, **block_pass.held}) for stage in several]
+                stages += [stage.beside({**weights, **errors, **block_pass.held}) for stage in several]
         if measured.gradients or measured.losses:
-            batch = text.batch([text.rows[0].ids])
-            with torch.no_grad(), measured_cost(counting) as cost:
+            searched = len(held_out(text)[1].rows) if rule.name in SEARCHES else 0  # sequences of a forward pass
+            batch = replace(text, rows=text.rows[: searched or 1]).batches[0]
+            share = 1 / len(batch.input_ids)
+            with torch.no_grad(), measured_cost(counting) as loss:
                 cross_entropy(anatomy.model, batch)
-            # A backward pass takes twice the work of its forward pass; a block's loss takes part of the text.
-            sequences = 3 * min(GRADIENT_SEQUENCES, len(text.rows)) if measured.gradients else 0
-            if rule.name in SEARCHES:
-                sequences += rule.passes * len(held_out(text)[1].rows)
-            elif measured.losses:
-                sequences += len(anatomy.blocks) * -(-LOSS_TOKENS // text.length)
+            sequences = rule.passes * searched
+            if measured.losses and not searched:
+                sequences = len(anatomy.blocks) * -(-LOSS_TOKENS // text.length)
+            work, peak = loss.work * (share * sequences), loss.peak
+            if measured.gradients:
+                with measured_cost(counting) as gradient:
+                    backward(anatomy.model, [batch], views, lambda view, value: None)
+                work += gradient.work * (share * min(GRADIENT_SEQUENCES, len(text.rows)))
+                peak = max(peak, gradient.peak)
             table = {TABLE: levels * pruned, "dense matrices": pruned} if rule.name in SEARCHES else {}
-            parts = {**weights, **table, "logits": cost.peak}
+            parts = {**weights, **errors, **table, "activations": peak}
             if rule.name == "taylor":  # keeps the gradients, in float32
-                parts["gradients"] = sum(4 * view.read().numel() for one in anatomy.blocks for view in one.weights)
-            stages.append(Stage(name="losses and gradients", parts=parts, work=cost.work * sequences))
+                parts["gradients"] = sum(4 * view.read().numel() for view in views)
+            stages.append(Stage(name="losses and gradients", parts=parts, work=work))
     return [replace(stage, name=f"allocation: {stage.name}") for stage in stages]
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from admm_prune.errors import UserError
-from admm_prune.methods.allocation.rules import AllocationRule
+from admm_prune.methods.allocation.rules import RULES, AllocationRule
 from admm_prune.methods.base import Recipe, Task
 from admm_prune.methods.elsa.trained import Trained
 from admm_prune.methods.registry import RECIPES
@@ -20,6 +20,7 @@ from admm_prune.models.loading import locate
 from admm_prune.models.structure import notes_on
 from admm_prune.plan.anatomy import Anatomy, Reading, check_tokenizer, read
 from admm_prune.plan.blockwise import (
+    ERRORS,
     FORWARD,
     GRAMS,
     SCORES,
@@ -42,7 +43,7 @@ from admm_prune.settings import PlanSettings, TextSettings, options
 
 _GB = 1e9
 TEXT, TOKENS = "text", "tokenizer's lists"
-_ON_HOST = (LIBRARIES, ACTIVATIONS_PART, SCORES, TABLE, TEXT, TOKENS)  # parts on the host, whatever the device
+_ON_HOST = (LIBRARIES, ACTIVATIONS_PART, SCORES, ERRORS, TABLE, TEXT, TOKENS)  # parts on the host, whatever the device
 _AT_ONCE = 2  # checkpoints, and activations, on disk at once: the old ones are deleted when the new ones are complete
 _RECORD = 32 << 10  # bytes per block in the journal, mostly states of the random number generators
 _MATRIX = 8 << 10  # bytes per pruned matrix in the records, the manifest and the report
@@ -218,7 +219,8 @@ def make_plan(settings: PlanSettings) -> Plan:
         stages = _with_text(stages, reading, {} if stream else {WEIGHTS: anatomy.weight_bytes})
         local = replace(local, rates={**local.rates, "tokenize": reading.rate})
     output = round(anatomy.weight_bytes * _saved_fraction(anatomy, recipe, task.target))
-    disk = _disk(anatomy, stages, output, stream=stream)
+    passes = 1 + (allocation is not None and RULES[allocation.name].collects)
+    disk = _disk(anatomy, stages, output, passes, stream=stream)
     machine = local if gpu is None else gpu_named(gpu, local)
     if device == "cpu":
         notes += _notes_on_dtype(anatomy, local)
@@ -378,7 +380,7 @@ def _saved_fraction(anatomy: Anatomy, recipe: Recipe, target: Target) -> float:
     return 1.0 - target.fraction * (1.0 - anatomy.outside_bytes / anatomy.weight_bytes)
 
 
-def _disk(anatomy: Anatomy, stages: list[Stage], output: int, *, stream: bool) -> dict[str, int]:
+def _disk(anatomy: Anatomy, stages: list[Stage], output: int, passes: int, *, stream: bool) -> dict[str, int]:
     """Upper bounds of the bytes on disk by purpose, which are all in use at the same time.
 
     A method that trains writes its state to checkpoints: the weights in float32, Adam's moments, masks, anchors, and
@@ -388,6 +390,7 @@ def _disk(anatomy: Anatomy, stages: list[Stage], output: int, *, stream: bool) -
     Args:
         stages: of a run in a single process.
         output: bytes of the pruned weights.
+        passes: over the blocks, each of which writes a record for every block.
     """
     training = [stage.parts for stage in stages if stage.name == TRAINING]
     if training:
@@ -397,10 +400,11 @@ def _disk(anatomy: Anatomy, stages: list[Stage], output: int, *, stream: bool) -
         held = max((stage.parts.get(ACTIVATIONS_PART, 0) for stage in stages), default=0)
         linked = stream and not anatomy.renames
         journal = {"journal": 0 if linked else output, "activations in the journal": _AT_ONCE * held}
-        table = max((stage.parts.get(TABLE, 0) for stage in stages), default=0)
-        journal |= {f"{TABLE} in the journal": table} if table else {}
+        for part in (ERRORS, TABLE):
+            size = max((stage.parts.get(part, 0) for stage in stages), default=0)
+            journal |= {f"{part} in the journal": size} if size else {}
     matrices = sum(len(block.weights) for block in anatomy.blocks)
-    results = _RECORD * (len(anatomy.blocks) + _AT_ONCE) + _MATRIX * matrices + _PAGES
+    results = _RECORD * (passes * len(anatomy.blocks) + _AT_ONCE) + _MATRIX * matrices + _PAGES
     others = {"records, report and tokenizer": results + _tokenizer_bytes(anatomy.source)}
     return {"output": output, **journal, **others}
 

@@ -14,7 +14,7 @@ from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.allocation import measurements
 from admm_prune.methods.allocation.measurements import Gradients, Levels
-from admm_prune.methods.allocation.search import SearchResult, Space, Table, evolutionary_search, pattern_search
+from admm_prune.methods.allocation.search import SearchResult, Space, Table, evolutionary_search, gradient_search
 from admm_prune.methods.base import Runtime, Task
 from admm_prune.methods.target import DENSE, Target, target_named
 from admm_prune.models.structure import WeightView, decoder_blocks
@@ -359,14 +359,7 @@ class BudgetProblem:
         fractions = torch.tensor([target_named(estimated[view.name]).fraction for view in self.views]).double()
         start = (fractions / self.most).clamp(1e-3, 1 - 1e-3).logit()
         try:
-            result = pattern_search(
-                space,
-                table.loss,
-                [torch.zeros_like(start), start],
-                self._groups(),
-                self.passes,
-                self.runtime.journal,
-            )
+            result = gradient_search(space, table, [torch.zeros_like(start), start], self.passes, self.runtime.journal)
         finally:
             table.restore()
         return self._evaluated(result, space, path), _figures(result)
@@ -375,7 +368,7 @@ class BudgetProblem:
         table, space, path, _ = self._table()
         start = space.levels(torch.zeros(len(self.views), dtype=torch.float64))
         try:
-            result = evolutionary_search(space, table.loss, start, self.passes, self.runtime.journal, self.task.seed)
+            result = evolutionary_search(space, table, start, self.passes, self.runtime.journal, self.task.seed)
         finally:
             table.restore()
         return self._evaluated(result, space, path), _figures(result)
@@ -404,25 +397,8 @@ class BudgetProblem:
         part = replace(self.task, calibration=text)
         measured = measurements.levels(self.model, part, self.runtime, path, keep=True, part="table")
         curves = [self._of_levels(view, size, path[view.name]) for view, size in self._sized()]
-        table = Table(self.model, evaluated, self.views, [measured.weights[view.name] for view in self.views])
+        table = Table(self.model, text, evaluated, self.views, [measured.weights[view.name] for view in self.views])
         return table, Space(self.sizes, curves, self.budget, self.most), path, measured
-
-    def _groups(self) -> list[list[int]]:
-        """Groups of matrices for a pattern search, coarse ones first: matrices of one kind, ranges of blocks, blocks,
-        single matrices."""
-        names = [block.name for block in decoder_blocks(self.model)]
-        kinds: dict[str, list[int]] = {}  # by the name in the block; all experts are of one kind
-        for i, (view, block) in enumerate(zip(self.views, self.blocks, strict=True)):
-            kinds.setdefault(view.parameter_name.removeprefix(names[block]), []).append(i)
-        count = max(self.blocks) + 1
-        groups = [those for those in kinds.values() if len(those) < len(self.views)]
-        parts = 2
-        while parts < count:
-            bands = [[i for i, b in enumerate(self.blocks) if b * parts // count == k] for k in range(parts)]
-            groups += [band for band in bands if band]
-            parts *= 2
-        groups += [[i for i, b in enumerate(self.blocks) if b == block] for block in sorted(set(self.blocks))]
-        return groups + [[i] for i in range(len(self.views))]
 
     # Targets
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, but not declared so
 
-from admm_prune.data.sequences import Sequences
+from admm_prune.data.sequences import Batch, Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.base import Runtime, Task
 from admm_prune.methods.block_loop import BlockResult, PassSettings, for_each_block
@@ -170,56 +171,82 @@ class Gradients:
 def gradients(model: nn.Module, text: Sequences, names: frozenset[str], *, keep: bool = False) -> Gradients:
     """Gradients from one backward pass for each of up to 16 sequences. The model must be in memory.
 
-    The gradient of a parameter is reduced as soon as it is complete, so that only one is held at a time unless `keep`.
-    The sum over the tokens is differentiated, not the mean, whose gradients underflow in float16.
-
     Raises:
         UserError: the gradients of a matrix, named in the message, are not finite.
     """
-    rows = text.rows[:: -(-len(text.rows) // GRADIENT_SEQUENCES)]
-    views: dict[int, list[WeightView]] = {}
-    for block in decoder_blocks(model):
-        for view in block.weights:
-            if view.name in names:
-                views.setdefault(id(view.parameter), []).append(view)
-    squares = {view.name: torch.zeros(view.shape[0], dtype=torch.float64) for those in views.values() for view in those}
+    views = [view for block in decoder_blocks(model) for view in block.weights if view.name in names]
+    squares = {view.name: torch.zeros(view.shape[0], dtype=torch.float64) for view in views}
     means: dict[str, Tensor] = {}
 
-    def reduce(parameter: nn.Parameter) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        for view in views[id(parameter)]:
-            part = at_least_float32(view.within(gradient))
-            squares[view.name] += part.double().square().sum(1).cpu()
-            if keep:
-                means[view.name] = means.get(view.name, torch.zeros_like(part)) + part
-        parameter.grad = None
+    def reduce(view: WeightView, gradient: Tensor) -> None:
+        squares[view.name] += gradient.double().square().sum(1).cpu()
+        if keep:
+            means[view.name] = means.get(view.name, torch.zeros_like(gradient)) + gradient
 
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in required:  # no gradients of the others, which nothing would reduce
-        parameter.requires_grad_(id(parameter) in views)
-    parameters = [those[0].parameter for those in views.values()]
-    handles = [parameter.register_post_accumulate_grad_hook(reduce) for parameter in parameters]
+    rows = text.rows[:: -(-len(text.rows) // GRADIENT_SEQUENCES)]
+    tokens = backward(model, [text.batch([row.ids]) for row in rows], views, reduce)
+    for view in views:
+        check_finite_gradients(view, squares[view.name])
+    return Gradients(squares=squares, means={name: total.div_(tokens) for name, total in means.items()}, tokens=tokens)
+
+
+def backward(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    views: Sequence[WeightView],
+    reduce: Callable[[WeightView, Tensor], None],
+) -> int:
+    """One backward pass for each batch, of its loss summed over the tokens. The model must be in memory.
+
+    The gradient of a parameter is reduced as soon as it is complete, so that only one is held at a time. The sum over
+    the tokens is differentiated, not the mean, whose gradients underflow in float16.
+
+    Args:
+        views: the matrices whose gradients are needed.
+        reduce: called for every batch and matrix with the gradient, in at least float32.
+
+    Returns:
+        The number of tokens.
+    """
+    by_parameter: dict[int, list[WeightView]] = {}
+    for view in views:
+        by_parameter.setdefault(id(view.parameter), []).append(view)
+
+    def complete(parameter: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        for view in by_parameter[id(parameter)]:
+            reduce(view, at_least_float32(view.within(gradient)))
+
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    handles: list[Any] = []
     tokens = 0
     try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in by_parameter)  # nothing would reduce gradients of the others
+            if id(parameter) in by_parameter:
+                handles.append(parameter.register_post_accumulate_grad_hook(complete))
         with torch.enable_grad():
-            for row in rows:
-                batch = text.batch([row.ids])
+            for batch in batches:
                 count = int(batch.scored.sum())
                 tokens += count
                 (next_token_loss(model, batch) * count).backward()
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, before in required:
-            parameter.requires_grad_(before)
-    for those in views.values():
-        for view in those:
-            if not bool(squares[view.name].isfinite().all()):
-                kind = view.parameter.dtype
-                wider = ": use --dtype float32" if kind.itemsize < 4 else ""
-                raise UserError(f"{view.name}: the gradients of the loss are not finite in {kind}{wider}")
-    return Gradients(squares=squares, means={name: total.div_(tokens) for name, total in means.items()}, tokens=tokens)
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+    return tokens
+
+
+def check_finite_gradients(view: WeightView, values: Tensor) -> None:
+    """Raises UserError if figures computed from the gradients of a matrix are not finite."""
+    if not bool(values.isfinite().all()):
+        kind = view.parameter.dtype
+        wider = ": use --dtype float32" if kind.itemsize < 4 else ""
+        raise UserError(f"{view.name}: the gradients of the loss are not finite in {kind}{wider}")
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from admm_prune.errors import UserError, unknown
+from admm_prune.errors import UserError, check_at_least, unknown
 from admm_prune.methods.allocation.budget import (
     DENSITIES,
     HIGHER,
@@ -19,6 +19,7 @@ from admm_prune.methods.allocation.budget import (
     budget_of,
     last_levels,
     most_removed,
+    table_sparsities,
 )
 from admm_prune.methods.base import Recipe, Runtime, Task, TextUse
 from admm_prune.methods.target import Target
@@ -36,7 +37,7 @@ class Rule:
     Attributes:
         summary: one line for the documentation.
         collects: whether it needs statistics of the inputs of every matrix, from a pass over the blocks.
-        levels: the number of levels to which every matrix is pruned; of a search, the most.
+        levels: the number of levels to which every matrix is pruned; of a search, the most (`AllocationRule.levels`).
         gradients: whether it needs gradients of the calibration loss, which need the whole model in memory.
         losses: whether it needs losses of the model with pruned blocks or matrices, which also need it in memory.
     """
@@ -78,7 +79,7 @@ RULES: Mapping[str, Rule] = {
     ),
     "patterns": Rule(summary="knapsack over the levels dense, 4:8, 2:4 and 1:4", levels=len(MIXED), gradients=True),
     "search": Rule(
-        summary="from fisher, moves that lower the loss on held-out calibration text",
+        summary="from fisher, along the gradient of the loss of the pruned model, compared on held-out text",
         levels=_TABLE,
         gradients=True,
         losses=True,
@@ -114,6 +115,9 @@ class AllocationRule:
     name: str
     passes: int = PASSES
 
+    def __post_init__(self) -> None:
+        check_at_least(self, passes=1)
+
     @classmethod
     def named(cls, name: str | None, passes: int | None = None) -> AllocationRule | None:
         """The rule of this name; None if `name` is None.
@@ -128,6 +132,13 @@ class AllocationRule:
         if name not in RULES:
             raise unknown("allocation", name, RULES)
         return cls(name, PASSES if passes is None else passes)
+
+    def levels(self, target: Target) -> int:
+        """The number of levels to which every matrix is pruned for a target; 0 for a rule without levels."""
+        rule = RULES[self.name]
+        if rule.levels and target.pattern is not None:
+            return target.pattern[1] - 1
+        return len(table_sparsities(target.fraction)) if self.name in SEARCHES else rule.levels
 
     def text_use(self, recipe: Recipe) -> TextUse:
         """What the calibration text is used for by a method whose targets come from this rule."""

@@ -1,5 +1,5 @@
-"""Searches for the allocation with the least loss on held-out calibration text: a pattern search and an evolutionary
-one.
+"""Searches for the allocation with the least loss on held-out calibration text: one along gradients of the loss, and an
+evolutionary one.
 
 As in EvoPress, both evaluate allocations from a table that has each matrix pruned to a few levels: an evaluation is one
 forward pass over the held-out text. The method of the run then prunes the model to the best allocation.
@@ -10,33 +10,51 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from admm_prune.data.sequences import Sequences
-from admm_prune.methods.allocation.measurements import mean_loss
+from admm_prune.methods.allocation.measurements import backward, check_finite_gradients, mean_loss
 from admm_prune.methods.base import Journal
 from admm_prune.models.structure import WeightView
 from admm_prune.problems.allocation import Curve
 from admm_prune.problems.allocation_matrices import counts, nearest_levels
 
-_STEP = 0.5  # first step of a group, in logits
-_GROWTH, _SHRINKAGE = 1.5, 0.5  # factors of the step after an accepted and after a rejected move
-_SMALLEST, _LARGEST = 0.06, 8.0  # steps beyond which a group is no longer moved
+_STEP = 0.5  # first step, in logits
+_FAILURES = 3  # allocations in turn that are not better, after which the step is shortened
+_SHRINKAGE = 0.5  # of the step
+_SMALLEST = 0.06  # the search ends when the step is shorter
+_CLIP = 2.0  # of the deviation of d_l from the mean, relative to the mean of |d_l|
+_FLATTEST = 0.02  # least s_l (1 - s_l / most) in the weights of these means: they include matrices at sparsity 0
+GRADIENT_PASSES = 3  # forward passes that take as long as a gradient: a backward pass takes as long as two
 _OFFSPRING = 16
 _MOST_SWITCHES = 3
 _PART = "allocation-search"  # name of the search in the journal
 
-Loss = Callable[[Sequence[int]], float]  # from the level of each matrix to the loss
+
+class Losses(Protocol):
+    """The loss of a model as a function of the level of each matrix."""
+
+    def loss(self, chosen: Sequence[int]) -> float:
+        """The loss on held-out text."""
+        ...
+
+    def rises(self, chosen: Sequence[int], step: int) -> list[float]:
+        """For each matrix, the first-order change of the loss from the level below the given one to the level above it,
+        on text that is not held out, another part of it in every step."""
+        ...
 
 
 @dataclass(eq=False)
 class Table:
-    """The loss of a model as a function of the level of each matrix; level 0 is dense.
+    """The loss of a model from its matrices at each level; level 0 is dense.
 
     Args:
-        text: on which the loss is measured.
+        text: on which gradients are taken, at most as many sequences at a time as are held out.
+        held_out: on which the loss is measured.
         views: the matrices.
         weights: for each matrix, its pruned weights at levels 1, 2, ...
 
@@ -46,6 +64,7 @@ class Table:
 
     model: nn.Module
     text: Sequences
+    held_out: Sequences
     views: Sequence[WeightView]
     weights: Sequence[Sequence[Tensor]]
     current: list[int] = field(init=False)
@@ -55,12 +74,43 @@ class Table:
         self._dense = [view.read().clone() for view in self.views]
 
     def loss(self, chosen: Sequence[int]) -> float:
-        """The mean cross-entropy of the held-out text, in nats."""
+        """The mean cross-entropy of the held-out text, in nats per token."""
+        self._write(chosen)
+        return mean_loss(self.model, self.held_out)
+
+    def rises(self, chosen: Sequence[int], step: int) -> list[float]:
+        """For each matrix <g, W_above - W_below>, in nats per token: g is the gradient of the mean loss on a part of
+        the text at the given levels, W_above and W_below are the matrix at the levels around its own.
+
+        Raises:
+            UserError: the gradients of a matrix, named in the message, are not finite.
+        """
+        self._write(chosen)
+        count = len(self.held_out.rows)
+        parts = -(-len(self.text.rows) // count)
+        part = replace(self.text, rows=self.text.rows[step % parts :: parts])
+        index = {view.name: i for i, view in enumerate(self.views)}
+        changes = torch.zeros(len(self.views), dtype=torch.float64)
+
+        def reduce(view: WeightView, gradient: Tensor) -> None:
+            i = index[view.name]
+            below, above = neighbours(len(self.weights[i]), chosen[i])
+            change = self._at(i, above).to(gradient) - self._at(i, below).to(gradient)
+            changes[i] += (gradient * change).sum(dtype=torch.float64).cpu()
+
+        tokens = backward(self.model, part.batches, self.views, reduce)
+        for view, change in zip(self.views, changes, strict=True):
+            check_finite_gradients(view, change)
+        return [float(change) / tokens for change in changes]
+
+    def _at(self, i: int, level: int) -> Tensor:
+        return self._dense[i] if level == 0 else self.weights[i][level - 1]
+
+    def _write(self, chosen: Sequence[int]) -> None:
         for i, (view, level) in enumerate(zip(self.views, chosen, strict=True)):
             if level != self.current[i]:
-                view.write(self._dense[i] if level == 0 else self.weights[i][level - 1])
+                view.write(self._at(i, level))
                 self.current[i] = level
-        return mean_loss(self.model, self.text)
 
     def restore(self) -> None:
         """Makes the matrices dense again."""
@@ -95,6 +145,11 @@ class Space:
         return [chosen.removed[curve.name] for curve in self.curves]
 
 
+def neighbours(highest: int, level: int) -> tuple[int, int]:
+    """The levels below and above a level, or the level itself at either end."""
+    return max(level - 1, 0), min(level + 1, highest)
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """The result of a search.
@@ -103,7 +158,7 @@ class SearchResult:
         levels: the level of each matrix in the best allocation.
         loss: the held-out loss of that allocation.
         start: the held-out loss of the first allocation.
-        passes: the number of forward passes over the held-out text.
+        passes: the number of forward passes over the held-out text; gradients count as three.
     """
 
     levels: list[int]
@@ -113,77 +168,97 @@ class SearchResult:
 
 
 class _Counted:
-    """A loss that counts its evaluations, and reads those of an interrupted run from the journal."""
+    """Losses that count their passes, and read the values of an interrupted run from the journal."""
 
-    def __init__(self, loss: Loss, journal: Journal) -> None:
-        self._loss, self._journal = loss, journal
+    def __init__(self, losses: Losses, journal: Journal) -> None:
+        self._losses, self._journal = losses, journal
         self._known = journal.finished(_PART)
-        self.count = 0
+        self._index = 0
+        self.passes = 0
 
-    def __call__(self, chosen: Sequence[int]) -> float:
-        index, self.count = self.count, self.count + 1
+    def loss(self, chosen: Sequence[int]) -> float:
+        self.passes += 1
+        return float(self._value("loss", chosen, lambda: self._losses.loss(chosen)))
+
+    def rises(self, chosen: Sequence[int], step: int) -> list[float]:
+        self.passes += GRADIENT_PASSES
+        return [*self._value("rises", chosen, lambda: self._losses.rises(chosen, step))]
+
+    def _value(self, kind: str, chosen: Sequence[int], measure: Callable[[], Any]) -> Any:
+        index, self._index = self._index, self._index + 1
         known = self._known[index] if index < len(self._known) else None
-        if known is not None and known["levels"] == [*chosen]:  # gradients may differ in the last bits after a restart
-            return float(known["loss"])
-        value = self._loss(chosen)
+        if known is not None and kind in known and known["levels"] == [*chosen]:
+            return known[kind]  # otherwise gradients differ in the last bits after a restart, and led elsewhere
+        value = measure()
         if known is None:
-            self._journal.commit(_PART, index, {"loss": value, "levels": [*chosen]})
+            self._journal.commit(_PART, index, {kind: value, "levels": [*chosen]})
         return value
 
 
-def pattern_search(
-    space: Space, loss: Loss, starts: Sequence[Tensor], groups: Sequence[Sequence[int]], passes: int, journal: Journal
+def gradient_search(
+    space: Space, losses: Losses, starts: Sequence[Tensor], passes: int, journal: Journal
 ) -> SearchResult:
-    """The coordinate search of Hooke and Jeeves along groups of matrices: moves budget between a group and all other
-    matrices, and accepts a move if the held-out loss decreases.
+    """Descends the loss of the pruned model along its gradient by the levels, on one part of the text after another.
 
-    The groups take turns, each with its own step in z, which is multiplied by 1.5 after an accepted move, and by -0.5
-    after a rejected one. They are ordered from coarse (matrices of one kind, ranges of blocks) to fine (one block, one
-    matrix), so that the first evaluations decide what most of the loss depends on. Once all steps are short they are
-    reset, until a round accepts no move. Every evaluation is committed to the journal.
+    With d_l the change of the loss per weight that matrix l loses in addition, an allocation within the budget is
+    stationary where all d_l are equal. A step is
+
+        z_l <- z_l - step * clip((d_l - mu) / m, -2, 2),
+
+    where mu is the mean of d_l and m that of |d_l|, weighted by n_l s_l (1 - s_l / most), the weights that matrix l
+    loses per unit of z_l (with s_l (1 - s_l / most) at least 0.02). d_l is the difference quotient of the first-order
+    change between the neighbouring levels. After three allocations in turn that do not lower the held-out loss, or one
+    at which it is not finite, the search returns to the best one and halves its step. It ends when the passes are used
+    or the step is short. Every measurement is committed to the journal.
 
     Args:
         starts: values of z; the search begins at the best one.
-        groups: the indices of their matrices, coarse groups first.
-        passes: the maximum number of evaluations, including those of the starts.
+        passes: the maximum number of forward passes over the held-out text, including those of the starts. A gradient
+            counts as three.
         journal: of the run.
     """
-    value = _Counted(loss, journal)
-    values = [value(space.levels(z)) for z in starts[:passes]]
-    best = min(range(len(values)), key=values.__getitem__)
-    z, least, start = starts[best].clone(), values[best], values[0]
-    current = tuple(space.levels(z))
-    seen, improved = {current}, True
-    while value.count < passes and improved:
-        improved = False
-        steps = [_STEP] * len(groups)
-        moved = [False] * len(groups)  # whether a step has changed a level
-        while value.count < passes and any(steps):
-            for g, group in enumerate(groups):
-                if value.count >= passes:
-                    break
-                if steps[g] == 0.0:
-                    continue
-                trial = z.clone()
-                trial[list(group)] += steps[g]
-                chosen = tuple(space.levels(trial))
-                if chosen == current:  # too short to change a level
-                    steps[g] = 0.0 if moved[g] or steps[g] > _LARGEST else _GROWTH * steps[g]
-                    continue
-                moved[g] = True
-                reached = math.inf if chosen in seen else value(chosen)
-                seen.add(chosen)
-                better = reached < least
-                if better:
-                    z, least, current, improved = trial, reached, chosen, True
-                steps[g] *= _GROWTH if better else -_SHRINKAGE
-                if abs(steps[g]) < _SMALLEST:
-                    steps[g] = 0.0
-    return SearchResult(list(current), least, start, value.count)
+    value = _Counted(losses, journal)
+    values = [value.loss(space.levels(z)) for z in starts[:passes]]
+    first = min(range(len(values)), key=values.__getitem__)
+    best, least = starts[first], values[first]
+    z, step, failures, gradients = best, _STEP, 0, 0
+    while value.passes + GRADIENT_PASSES < passes and step >= _SMALLEST:
+        levels = space.levels(z)
+        z = z - step * _direction(space, levels, value.rises(levels, gradients))
+        gradients += 1
+        trial = space.levels(z)
+        reached = value.loss(trial) if trial != levels else least
+        if reached < least:
+            best, least, failures = z, reached, 0
+        else:
+            failures += 1
+        if failures == _FAILURES or math.isinf(reached):
+            z, step, failures = best, _SHRINKAGE * step, 0
+    return SearchResult(space.levels(best), least, values[0], value.passes)
+
+
+def _direction(space: Space, levels: Sequence[int], rises: Sequence[float]) -> Tensor:
+    """clip((d_l - mu) / m, -2, 2), see `gradient_search`; 0 for a matrix that has no other level."""
+    around = [neighbours(curve.count, k) for curve, k in zip(space.curves, levels, strict=True)]
+    widths = torch.stack(
+        [curve.savings[b] - curve.savings[a] for curve, (a, b) in zip(space.curves, around, strict=True)]
+    )
+    removed = torch.stack([curve.savings[k] for curve, k in zip(space.curves, levels, strict=True)])
+    sizes = torch.tensor(space.sizes, dtype=torch.float64)
+    sparsities = removed / sizes
+    free = widths > 0
+    d = torch.where(free, torch.tensor(rises, dtype=torch.float64) / widths.clamp_min(1.0), 0.0)
+    weights = free * sizes * (sparsities * (1.0 - sparsities / space.most)).clamp_min(_FLATTEST)
+    total = weights.sum()
+    magnitude = (weights * d.abs()).sum() / total
+    if not magnitude > 0:  # no matrix can change, or the loss depends on none
+        return torch.zeros_like(d)
+    mean = (weights * d).sum() / total
+    return torch.where(free, ((d - mean) / magnitude).clamp(-_CLIP, _CLIP), 0.0)
 
 
 def evolutionary_search(
-    space: Space, loss: Loss, start: Sequence[int], passes: int, journal: Journal, seed: int = 0
+    space: Space, losses: Losses, start: Sequence[int], passes: int, journal: Journal, seed: int = 0
 ) -> SearchResult:
     """The search of EvoPress, a baseline: level switches between matrices of equal size; the best offspring survives.
 
@@ -194,23 +269,23 @@ def evolutionary_search(
     Source: Sieberling et al., EvoPress: Towards Optimal Dynamic Model Compression via Evolutionary Search, 2024,
     algorithm 1 and section 3.3, whose selection has several steps on growing texts, by the KL divergence.
     """
-    value, generator = _Counted(loss, journal), random.Random(seed)
+    value, generator = _Counted(losses, journal), random.Random(seed)
     alike: dict[int, list[int]] = {}
     for i, size in enumerate(space.sizes):
         alike.setdefault(size, []).append(i)
     parent = list(start)
-    least = first = value(parent)
-    while value.count < passes:
+    least = first = value.loss(parent)
+    while value.passes < passes:
         offspring = [_mutated(parent, space.sizes, alike, space.curves, generator) for _ in range(_OFFSPRING)]
         if all(child == parent for child in offspring):
             if not any(_partners(parent, i, space.sizes, alike, space.curves) for i in _raisable(parent, space.curves)):
                 break
             continue
-        values = [value(child) for child in offspring[: passes - value.count]]
+        values = [value.loss(child) for child in offspring[: passes - value.passes]]
         best = min(range(len(values)), key=values.__getitem__)
         if values[best] < least:
             parent, least = offspring[best], values[best]
-    return SearchResult(parent, least, first, value.count)
+    return SearchResult(parent, least, first, value.passes)
 
 
 def _mutated(
