@@ -326,7 +326,7 @@ def test_a_member_that_is_none_is_missing_and_one_that_is_passed_on_is_there() -
     ("make", "message"),
     [
         (lambda: ADMM(max_iterations=-1), "max_iterations of ADMM must be at least 0, not -1"),
-        (lambda: ADMM(time_limit=float("nan")), "time_limit of ADMM must be at least 0, not nan"),
+        (lambda: ADMM(time_limit=float("nan")), "time_limit of ADMM must be a number, not nan"),
         (lambda: ADMM(relaxation=2.0), "relaxation of ADMM must lie between 0 and 2, not 2.0"),
         (lambda: Constant(0.0), "value of Constant must be positive and finite, not 0.0"),
         (lambda: LogSpaced(0.0), "start of LogSpaced must be positive"),
