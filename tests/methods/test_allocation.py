@@ -661,6 +661,15 @@ def test_the_plan_of_an_allocation_counts_the_activations_of_a_backward_pass(rul
     assert planned > 4 * 256 * len(decoder_blocks(model)) * 10 * model.config.hidden_size
 
 
+def test_the_page_says_of_every_rule_whether_it_streams() -> None:
+    page = (Path(__file__).parents[2] / "docs/methods/allocation.md").read_text(encoding="utf-8")
+    table = page.split("| rule | from | measured | streams |\n")[1].split("\n\n")[0]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[1:]]
+    assert {row[0].strip("`"): row[3] for row in cells} == {
+        name: "no" if rule.whole else "yes" for name, rule in RULES.items()
+    }
+
+
 @pytest.mark.parametrize("name", ["admm", "sparsellm", "wanda"])
 def test_methods_of_layers_and_networks_take_an_allocation(name: str) -> None:
     AllocationRule("fisher").check(recipe_named(name), build("llama", layers=2), Target(sparsity=0.5))
