@@ -147,7 +147,7 @@ def check_at_least(settings: object, **least: float) -> None:
     """Raises UserError if a setting of a dataclass does not have its declared type, or is smaller than this, or NaN;
     None is not compared."""
     for name, lowest in least.items():
-        value = _checked_type(settings, name)
+        value = _checked_number(settings, name)
         if value is not None and not value >= lowest:
             raise UserError(f"{name} of {type(settings).__name__} must be at least {lowest:g}, not {value}")
 
@@ -156,7 +156,7 @@ def check_positive(settings: object, *names: str) -> None:
     """Raises UserError if a setting of a dataclass does not have its declared type, or is not positive and finite; None
     is not compared."""
     for name in names:
-        value = _checked_type(settings, name)
+        value = _checked_number(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name} of {type(settings).__name__} must be positive and finite, not {value}")
 
@@ -164,12 +164,13 @@ def check_positive(settings: object, *names: str) -> None:
 def check_fractions(settings: object, *names: str) -> None:
     """Raises UserError if a setting of a dataclass does not have its declared type, or is not between 0 and 1."""
     for name in names:
-        value = _checked_type(settings, name)
+        value = _checked_number(settings, name)
         if not 0 <= value <= 1:
             raise UserError(f"{name} of {type(settings).__name__} must lie between 0 and 1, not {value}")
 
 
-def _checked_type(settings: Any, name: str) -> Any:
+def _checked_number(settings: Any, name: str) -> Any:
+    """The value of a setting of a dataclass. Raises UserError if it does not have its declared type, or is NaN."""
     declared = next(one.type for one in fields(settings) if one.name == name)
     value, label = getattr(settings, name), f"{name} of {type(settings).__name__}"
     check_type(label, declared if isinstance(declared, str) else getattr(declared, "__name__", str(declared)), value)

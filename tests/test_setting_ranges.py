@@ -34,21 +34,25 @@ NEGATIVE = {("Alternating", "tolerance")}
 INTERNAL = ("GroupTarget", "Runtime", "Target")  # made from settings that were checked, or checked where they are used
 
 
-def configurations() -> Iterator[Any]:
-    """The default of every public frozen dataclass, and of those that need arguments."""
+def public_classes() -> Iterator[tuple[str, Any]]:
+    """(name, class) for every public class of the packages, from the module that defines it."""
     for package in PACKAGES:
         root = import_module(f"{admm_prune.__name__}.{package}")
         for found in pkgutil.walk_packages(root.__path__, f"{root.__name__}."):
-            module = import_module(found.name)
-            for name, one in vars(module).items():
-                own = inspect.isclass(one) and one.__module__ == module.__name__ and not name.startswith("_")
-                if own and is_dataclass(one) and one.__dataclass_params__.frozen and not inspect.isabstract(one):
-                    if name in INTERNAL:
-                        continue
-                    try:
-                        yield one()
-                    except TypeError:
-                        continue
+            for name, one in vars(import_module(found.name)).items():
+                if inspect.isclass(one) and one.__module__ == found.name and not name.startswith("_"):
+                    yield name, one
+
+
+def configurations() -> Iterator[Any]:
+    """The default of every public frozen dataclass, and of those that need arguments."""
+    for name, one in public_classes():
+        if name in INTERNAL or not is_dataclass(one) or not one.__dataclass_params__.frozen or inspect.isabstract(one):
+            continue
+        try:
+            yield one()
+        except TypeError:  # it needs arguments
+            continue
     yield from WITH_ARGUMENTS
 
 

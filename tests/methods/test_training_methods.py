@@ -216,9 +216,19 @@ def test_the_published_rate_has_no_warm_up(
         recipe.prune(load(str(model_folder)).model, task, Runtime(on_record=first))
 
 
-@pytest.mark.parametrize("how", [{"first": 0.0}, {"ratio": 1.0}, {"until": 1.0}, {"ratio": math.nan}], ids=str)
-def test_a_schedule_out_of_range_is_refused(how: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=next(iter(how))):
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"first": 0.0}, "first of DensitySchedule must be positive and finite, not 0.0"),
+        ({"first": 1.5}, "first of DensitySchedule must lie between 0 and 1, not 1.5"),
+        ({"ratio": 1.0}, "ratio and until of a schedule must be less than 1, not 1.0 and 0.4"),
+        ({"until": 1.0}, "ratio and until of a schedule must be less than 1, not 0.58 and 1.0"),
+        ({"ratio": math.nan}, "ratio of DensitySchedule must be a number, not nan"),
+    ],
+    ids=str,
+)
+def test_a_schedule_out_of_range_is_refused(how: dict[str, float], words: str) -> None:
+    with pytest.raises(UserError, match=words):
         DensitySchedule(**how)
 
 

@@ -144,6 +144,10 @@ class Space:
         chosen = nearest_levels(self.curves, self.removed(z), self.budget)
         return [chosen.removed[curve.name] for curve in self.curves]
 
+    def removed_at(self, levels: Sequence[int]) -> Tensor:
+        """The number of weights that each matrix loses at its level."""
+        return torch.stack([curve.savings[k] for curve, k in zip(self.curves, levels, strict=True)])
+
 
 def neighbours(highest: int, level: int) -> tuple[int, int]:
     """The levels below and above a level, or the level itself at either end."""
@@ -240,13 +244,10 @@ def gradient_search(
 def _direction(space: Space, levels: Sequence[int], rises: Sequence[float]) -> Tensor:
     """clip((d_l - mu) / m, -2, 2), see `gradient_search`; 0 for a matrix that has no other level."""
     around = [neighbours(curve.count, k) for curve, k in zip(space.curves, levels, strict=True)]
-    widths = torch.stack(
-        [curve.savings[b] - curve.savings[a] for curve, (a, b) in zip(space.curves, around, strict=True)]
-    )
-    removed = torch.stack([curve.savings[k] for curve, k in zip(space.curves, levels, strict=True)])
-    sizes = torch.tensor(space.sizes, dtype=torch.float64)
-    sparsities = removed / sizes
+    widths = space.removed_at([above for _, above in around]) - space.removed_at([below for below, _ in around])
     free = widths > 0
+    sizes = torch.tensor(space.sizes, dtype=torch.float64)
+    sparsities = space.removed_at(levels) / sizes
     d = torch.where(free, torch.tensor(rises, dtype=torch.float64) / widths.clamp_min(1.0), 0.0)
     weights = free * sizes * (sparsities * (1.0 - sparsities / space.most)).clamp_min(_FLATTEST)
     total = weights.sum()

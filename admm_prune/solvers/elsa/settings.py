@@ -157,11 +157,9 @@ class Timeline:
 
     def updated(self, step: int) -> int:
         """The step after which the duals were last updated, before `step`; 0 where they were not yet."""
-        return (
-            self.first_update + (step - 1 - self.first_update) // self.interval * self.interval
-            if step > self.first_update
-            else 0
-        )
+        if step <= self.first_update:
+            return 0
+        return self.first_update + (step - 1 - self.first_update) // self.interval * self.interval
 
     def due(self, step: int) -> bool:
         """Whether the duals are updated after Adam's step `step`."""
