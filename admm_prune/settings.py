@@ -298,7 +298,7 @@ class Settings(TextSettings):
         "Rule that distributes the budget over all matrices: uniform, owl, alphapruning, softmax, equal-slope, "
         "fisher, taylor, measured, knapsack, patterns, search or evolutionary.",
     )
-    allocation_passes: int | None = _compared(None, "Forward passes of a search; 128 by default.", least=2)
+    allocation_passes: int | None = _compared(None, "Forward passes of a search; 64 by default.", least=2)
     coordinate: str | Sequence[str] = _compared(
         (), "attention: prune the value and output projections of a block together.", **_NAMES
     )

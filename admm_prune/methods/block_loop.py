@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,6 +53,8 @@ class PassSettings:
         steps: (steps done by earlier passes, steps of the whole method), for the progress; by default (0, blocks).
         note: appended to the name of the block in progress messages.
         weighting: the weights of the tokens in the Gram matrices.
+        advancing: entered with the index of a block and its result while the stream advances beyond the block, if
+            `process_block` has not advanced it, also in a resumed run: for weights that the block has only then.
     """
 
     part: str = "blocks"
@@ -61,6 +64,7 @@ class PassSettings:
     steps: tuple[int, int] | None = None
     note: str = ""
     weighting: TokenWeighting = UNWEIGHTED
+    advancing: Callable[[int, BlockResult], AbstractContextManager[None]] = lambda index, result: nullcontext()
 
 
 DEFAULT_PASS = PassSettings()
@@ -95,7 +99,7 @@ def for_each_block(
             runtime.report_progress(done + len(results), total, "token scores")
         # Before the finished blocks are restored: token scores are computed with the weights that the model has now.
         stream = _stream(model, blocks, task, runtime, settings.weighting)
-    _restore(blocks[: len(results)], stream, runtime, settings)
+    _restore(blocks, results, stream, runtime, settings)
     if stream is None:
         return results
     for index in range(len(results), len(blocks)):
@@ -136,28 +140,34 @@ def _stream(
     )
 
 
-def _restore(blocks: list[Block], stream: BlockStream | None, runtime: Runtime, settings: PassSettings) -> None:
+def _restore(
+    blocks: list[Block],
+    results: list[BlockResult],
+    stream: BlockStream | None,
+    runtime: Runtime,
+    settings: PassSettings,
+) -> None:
     """Restores the weights of the finished blocks, and advances the stream, if there is one, to the block after them.
 
     The stream continues from the saved activations, or replays the finished blocks where none were saved.
     """
     offloading, journal = runtime.offloading, runtime.journal
-    saved = journal.resume_point(settings.part) if stream is not None and blocks else None
+    saved = journal.resume_point(settings.part) if stream is not None and results else None
     # Saved activations fit a single process only: several processes distribute the sequences differently.
     if runtime.world.size > 1:
         saved = None
     replayed = stream if saved is None else None
-    for index, block in enumerate(blocks):
+    for index, (block, result) in enumerate(zip(blocks, results, strict=False)):
         if settings.dense_inputs and replayed is not None:
-            _advance(replayed, offloading, index)
+            _advance(replayed, offloading, index, nullcontext())
         if settings.changes:
             if settings.reshape is not None:
                 settings.reshape(index)
             offloading.restore(index, block, journal.tensor_file(settings.part, index))
         if not settings.dense_inputs and replayed is not None:
-            _advance(replayed, offloading, index)
+            _advance(replayed, offloading, index, settings.advancing(index, result))
     if stream is not None and saved is not None:
-        stream.resume(len(blocks), saved)
+        stream.resume(len(results), saved)
 
 
 def _process(
@@ -171,7 +181,8 @@ def _process(
         result = process_block(stream, index, block)
         result = replace(result, details=json.loads(json.dumps(result.details)))  # as a resumed run reads them
         if stream.position == index:
-            stream.advance(index)
+            with settings.advancing(index, result):
+                stream.advance(index)
         journal.commit(
             settings.part,
             index,
@@ -184,8 +195,8 @@ def _process(
     return result
 
 
-def _advance(stream: BlockStream, offloading: Offloading, index: int) -> None:
-    with offloading.block(index):
+def _advance(stream: BlockStream, offloading: Offloading, index: int, advancing: AbstractContextManager[None]) -> None:
+    with offloading.block(index), advancing:
         stream.advance(index)
 
 

@@ -18,7 +18,7 @@ from admm_prune.errors import UserError
 from admm_prune.methods.allocation.budget import LOSS_TOKENS, held_out
 from admm_prune.methods.allocation.measurements import GRADIENT_SEQUENCES, backward
 from admm_prune.methods.allocation.measurements import SOLVER as PATH_SOLVER
-from admm_prune.methods.allocation.rules import RULES, SEARCHES, AllocationRule
+from admm_prune.methods.allocation.rules import RULES, SEARCHES, AllocationRule, layer_method
 from admm_prune.methods.base import IN_PROCESS, Recipe, Task
 from admm_prune.methods.joint import in_stages
 from admm_prune.methods.layerwise import Layerwise
@@ -184,12 +184,21 @@ def pruning_stages(anatomy: Anatomy, recipe: Recipe, task: Task, *, stream: bool
     return stages
 
 
-def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bool, device: str = "cpu") -> list[Stage]:
-    """The stages of an allocation rule: a pass over the blocks on dense inputs with solves at all levels, gradients,
-    and losses on the held-out text of a search.
+def allocating(
+    anatomy: Anatomy,
+    rule: AllocationRule,
+    task: Task,
+    *,
+    stream: bool,
+    device: str = "cpu",
+    recipe: Recipe | None = None,
+) -> list[Stage]:
+    """The stages of an allocation rule: a pass over the blocks on dense inputs with solves at all levels, one that
+    prunes to the levels of a search, gradients, and losses on the held-out text of a search.
 
     Args:
         stream, device: as for `pruning_stages`.
+        recipe: the method of the run, as for `AllocationRule.applied`.
     """
     measured, text = RULES[rule.name], task.calibration
     levels = rule.levels(task.target)
@@ -197,6 +206,7 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
     weights = _held_weights(anatomy, stream=stream)
     views = [view for one in anatomy.blocks for view in one.weights]
     pruned = sum(view.read().nbytes for view in views)
+    table = {TABLE: (measured.nearby or levels) * pruned} if rule.name in SEARCHES else {}
     errors = {ERRORS: sum(8 * (levels + 1) * view.shape[0] for view in views) if levels else 0}
     with counted() as counting:
         if measured.collects:
@@ -212,6 +222,16 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
                     several += [stage.times(levels // stacked) for stage in solves]
                 several.append(_forward("next inputs", block_pass.advance(), count))
                 stages += [stage.beside({**weights, **errors, **block_pass.held}) for stage in several]
+            if measured.nearby:
+                method = layer_method(recipe)
+                weighting = method.problem.weighting
+                block_pass = BlockPass(anatomy, counting, task, device, stream=stream, weighting=weighting)
+                for _, block, count in block_pass.kinds():
+                    collected = block_pass.collect(block_pass.pruned(block.weights))
+                    statistics, *solves = _local(collected, method, task, count, block_pass)
+                    several = [statistics, *(stage.times(measured.nearby) for stage in solves)]
+                    several.append(_forward("next inputs", block_pass.advance(), count))
+                    stages += [stage.beside({**weights, **table, **block_pass.held}) for stage in several]
         if measured.gradients or measured.losses:
             searched = len(held_out(text)[1].rows) if rule.name in SEARCHES else 0  # sequences of a forward pass
             batch = replace(text, rows=text.rows[: searched or 1]).batches[0]
@@ -227,8 +247,9 @@ def allocating(anatomy: Anatomy, rule: AllocationRule, task: Task, *, stream: bo
                     backward(anatomy.model, [batch], views, lambda view, value: None)
                 work += gradient.work * (share * min(GRADIENT_SEQUENCES, len(text.rows)))
                 peak = max(peak, gradient.peak)
-            table = {TABLE: levels * pruned, "dense matrices": pruned} if rule.name in SEARCHES else {}
             parts = {**weights, **errors, **table, "activations": peak}
+            if table:
+                parts["dense matrices"] = pruned
             if rule.name == "taylor":  # keeps the gradients, in float32
                 parts["gradients"] = sum(4 * view.read().numel() for view in views)
             stages.append(Stage(name="losses and gradients", parts=parts, work=work))

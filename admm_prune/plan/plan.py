@@ -356,6 +356,9 @@ def _stages(
 ) -> list[Stage]:
     length = task.calibration.length
     evaluated: list[Stage] = []
+    allocated: list[Stage] = []
+    if allocation is not None:
+        allocated = allocating(anatomy, allocation, task, stream=stream, device=device, recipe=recipe)
     if validation:
         text = anatomy.sequences(-(-validation // length), length)
         evaluated = list(evaluating(anatomy, text, stream=stream))
@@ -366,7 +369,7 @@ def _stages(
     return [
         loading(anatomy, stream=stream),
         *evaluated,
-        *(allocating(anatomy, allocation, task, stream=stream, device=device) if allocation is not None else ()),
+        *allocated,
         *pruning,
         *evaluated,
         saving(anatomy, stream=stream, factor=_saved_fraction(anatomy, recipe, task.target)),

@@ -251,7 +251,7 @@ def run_recipe(
     label, details, seconds = task.target.label, {}, 0.0
     if allocation is not None:
         with phases("allocating the budget") as allocating:
-            allocated = allocation.applied(loaded.model, task, runtime)
+            allocated = allocation.applied(loaded.model, task, runtime, recipe)
         task, details = replace(task, target=allocated.target), {"allocation": allocated.details}
         seconds = allocating.seconds
     with phases("pruning") as pruning:

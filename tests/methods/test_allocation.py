@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 import admm_prune
 from admm_prune.data.sequences import Row, Sequences
 from admm_prune.errors import UserError
-from admm_prune.methods.allocation import measurements
+from admm_prune.methods.allocation import measurements, search
 from admm_prune.methods.allocation.budget import _estimated, held_out
-from admm_prune.methods.allocation.measurements import Gradients, Levels
+from admm_prune.methods.allocation.levels import nearby_levels
+from admm_prune.methods.allocation.measurements import Gradients, Levels, mean_loss
 from admm_prune.methods.allocation.rules import RULES, AllocationRule
 from admm_prune.methods.allocation.search import (
     GRADIENT_PASSES,
@@ -36,7 +37,7 @@ from admm_prune.methods.allocation.search import (
 )
 from admm_prune.methods.base import IN_PROCESS, NOTHING, Journal, Task
 from admm_prune.methods.layerwise import Layerwise
-from admm_prune.methods.local import LOCAL_METHODS
+from admm_prune.methods.local import LOCAL_METHODS, Method
 from admm_prune.methods.registry import recipe_named
 from admm_prune.methods.target import Target
 from admm_prune.models.loading import load
@@ -163,19 +164,59 @@ def test_a_search_evaluates_on_a_quarter_of_the_text_and_at_most_about_2048_toke
     assert len(pruned_on.rows) == rows - evaluated
 
 
-@pytest.mark.parametrize("rule", ["search", "evolutionary"])
-def test_a_search_takes_one_pass_over_the_blocks(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The levels of its table also give the curves of its start."""
-    parts = []
+@pytest.mark.parametrize(("method", "pattern"), [("admm", None), ("wanda", None), ("sparsegpt", (2, 4))])
+def test_the_levels_near_an_allocation_are_those_of_a_run_with_one_other_level(
+    method: str, pattern: tuple[int, int] | None
+) -> None:
+    model, asked = build("llama", layers=3), task(Target(sparsity=0.5))
+    dense = weights(model)
+    start = Target(pattern=pattern) if pattern else Target(sparsity=0.5)
+    nearby = {name: nearby_levels(start, 0.95) for name in dense}
+    local = LOCAL_METHODS[method]
+    pruned = measurements.pruned_nearby(model, asked, IN_PROCESS, nearby, local)
+    assert all(torch.equal(weight, dense[name]) for name, weight in weights(model).items())
+    assert {len(levels) for levels in pruned.values()} == {3}
+    name = "model.layers.2.self_attn.o_proj.weight"  # in the last block: it changes the inputs of no other matrix
+    for k, level in enumerate(nearby[name].targets):
+        fresh = build("llama", layers=3)
+        target = replace(start, layers=((name, str(level)),))
+        Layerwise(local).prune(fresh, Task(target=target, calibration=asked.calibration))
+        for other, weight in weights(fresh).items():
+            assert torch.equal(pruned[other][k if other == name else nearby[other].start], weight)
 
-    def levels(*given: Any, part: str = "levels", **how: Any) -> Levels:
-        parts.append(part)
-        return measure(*given, part=part, **how)
 
-    measure = measurements.levels
-    monkeypatch.setattr(measurements, "levels", levels)
-    AllocationRule(rule, 2).applied(build("llama", layers=2), task(Target(sparsity=0.5)), IN_PROCESS)
-    assert parts == ["table"]
+@pytest.mark.parametrize(
+    ("start", "most", "levels"),
+    [
+        (Target(sparsity=0.7), 0.95, ["0.6", "0.7", "0.775"]),
+        (Target(sparsity=0.2), 0.95, ["0.0", "0.2", "0.4"]),
+        (Target(sparsity=0.0), 0.95, ["0.0", "0.25"]),
+        (Target(sparsity=0.95), 0.95, ["0.933333", "0.95"]),
+        (Target(pattern=(2, 4)), 0.95, ["3:4", "2:4", "1:4"]),
+        (Target(pattern=(4, 4)), 0.95, ["4:4", "3:4"]),
+        (Target(pattern=(1, 4)), 0.95, ["2:4", "1:4"]),
+    ],
+)
+def test_the_levels_of_a_search_are_next_to_its_start(start: Target, most: float, levels: list[str]) -> None:
+    nearby = nearby_levels(start, most)
+    assert [str(level) for level in nearby.targets] == levels
+    assert nearby.targets[nearby.start] == start
+
+
+def test_a_search_prunes_its_levels_by_the_method_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = []
+
+    def record(model: Any, task: Any, runtime: Any, nearby: Any, method: Method) -> dict[str, list[Tensor]]:
+        methods.append(method.name)
+        return measure(model, task, runtime, nearby, method)
+
+    measure = measurements.pruned_nearby
+    monkeypatch.setattr(measurements, "pruned_nearby", record)
+    for name in ("wanda", "sparsellm", None):
+        recipe = None if name is None else recipe_named(name)
+        asked = task(Target(sparsity=0.5))
+        AllocationRule("search", 2).applied(build("llama", layers=2), asked, IN_PROCESS, recipe)
+    assert methods == ["wanda", recipe_named("sparsellm").method.name, "sparsegpt"]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("rule", ["search", "evolutionary"])
@@ -208,6 +249,29 @@ def test_matrices_with_targets_of_their_own_keep_them_and_count() -> None:
     total = sum(after[name].numel() for name in pruned)
     assert sum(int((after[name] == 0).sum()) for name in pruned) == total - round(0.4 * total)
     assert float((after[names[0]] == 0).double().mean()) == pytest.approx(0.25, abs=1 / after[names[0]].numel())
+
+
+@pytest.mark.parametrize("rule", ["search", "evolutionary"])
+def test_matrices_with_targets_of_their_own_have_these_during_a_search(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama", layers=2)
+    dense = weights(model)
+    own, untouched = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    seen = []
+
+    def loss(model: Any, text: Sequences) -> float:
+        now = weights(model)
+        seen.append([int((now[name] == 0).sum()) for name in (own, untouched)])
+        return measure(model, text)
+
+    measure = mean_loss
+    monkeypatch.setattr(search, "mean_loss", loss)
+    asked = task(Target(sparsity=0.5, layers=((own, "0.9"), (untouched, "dense"))))
+    AllocationRule(rule, 5).applied(model, asked, IN_PROCESS)
+    assert seen
+    assert all(zeros == [Target(sparsity=0.9).removed_from(dense[own].numel()), 0] for zeros in seen)
+    assert all(torch.equal(weight, dense[name]) for name, weight in weights(model).items())
 
 
 def test_overrides_that_leave_no_way_to_the_sparsity_are_refused() -> None:
@@ -343,8 +407,8 @@ class Convex:
     limit: float = 1.0
 
     def sparsities(self, chosen: Sequence[int]) -> list[float]:
-        terms = zip(self.space.curves, self.space.sizes, chosen, strict=True)
-        return [float(curve.savings[k]) / size for curve, size, k in terms]
+        terms = zip(self.space.curves, self.space.sizes, self.space.first, chosen, strict=True)
+        return [float(curve.savings[k] + first) / size for curve, size, first, k in terms]
 
     def loss(self, chosen: Sequence[int]) -> float:
         self.losses += 1
@@ -367,7 +431,7 @@ def space_of(sizes: Sequence[int], levels: Sequence[Sequence[float]], fraction: 
         Curve(str(l), torch.zeros(len(own)).double(), torch.tensor([round(n * x) for x in own]).double(), least=0)
         for l, (n, own) in enumerate(zip(sizes, levels, strict=True))
     ]
-    return Space(sizes, curves, round(fraction * sum(sizes)))
+    return Space(sizes, curves, round(fraction * sum(sizes)), 1.0, [0] * len(sizes))
 
 
 def synthetic(count: int = 8, seed: int = 0) -> tuple[Space, Convex]:
@@ -399,7 +463,7 @@ class Memory(Journal):
 def searches(space: Space, losses: Losses, passes: int) -> dict[str, Callable[[Journal], SearchResult]]:
     zero = torch.zeros(len(space.sizes), dtype=torch.float64)
     return {
-        "gradient": lambda journal: gradient_search(space, losses, [zero], passes, journal),
+        "gradient": lambda journal: gradient_search(space, losses, zero, passes, journal),
         "evolutionary": lambda journal: evolutionary_search(space, losses, space.levels(zero), passes, journal),
     }
 
@@ -468,6 +532,8 @@ def test_a_step_of_the_gradient_search_is_that_of_its_formula() -> None:
             Curve("3", torch.zeros(4).double(), torch.tensor([0, 90, 180, 270]).double(), least=0),
         ],
         240,
+        1.0,
+        [0] * 4,
     )
     step = _direction(space, [0, 2, 0, 2], [0.4, 0.1, 5.0, 9.0])
     d = [0.4 / 20, 0.1 / 10, 0.0, 9.0 / 180]
@@ -480,13 +546,34 @@ def test_a_step_of_the_gradient_search_is_that_of_its_formula() -> None:
     assert _direction(space, [0, 2, 0, 2], [0.0] * 4).tolist() == [0.0] * 4
 
 
-def test_the_gradient_search_begins_at_the_best_start() -> None:
+def restricted(space: Space, lowest: int, highest: int) -> Space:
+    """The allocations over some levels of a space."""
+    kept = slice(lowest, highest + 1)
+    curves = [
+        replace(curve, losses=curve.losses[kept], savings=curve.savings[kept] - curve.savings[lowest])
+        for curve in space.curves
+    ]
+    return replace(space, curves=curves, first=[int(curve.savings[lowest]) for curve in space.curves])
+
+
+def test_levels_need_not_begin_at_zero() -> None:
+    space, _ = synthetic()
+    part, z = restricted(space, 2, 9), torch.linspace(-1.0, 1.0, len(space.sizes), dtype=torch.float64)
+    assert part.removed(z) == space.removed(z)
+    levels = [k + 2 for k in part.levels(z)]
+    assert levels == space.levels(z)
+    assert torch.equal(part.removed_at(part.levels(z)), space.removed_at(levels))
+
+
+def test_the_gradient_search_stays_within_the_levels() -> None:
     space, losses = synthetic()
-    better = -torch.tensor(losses.costs, dtype=torch.float64).log()
-    zero = torch.zeros_like(better)
-    found = gradient_search(space, losses, [zero, better, -better], 3, NOTHING)
-    assert found.levels == space.levels(better)
-    assert (found.loss, found.start) == (losses.loss(space.levels(better)), losses.loss(space.levels(zero)))
+    part = restricted(space, 5, 7)
+    far = torch.tensor([-9.0, 9.0] * 4, dtype=torch.float64)
+    assert (1000 * part.within_levels(far).sigmoid()).round().tolist() == [650.0, 750.0] * 4
+    losses.space = part
+    found = gradient_search(part, losses, torch.zeros_like(far) + math.log(0.7 / 0.3), 40, NOTHING)
+    assert found.loss < found.start
+    assert set(found.levels) == {0, 1, 2}
 
 
 def test_the_gradient_search_returns_from_an_allocation_at_which_the_model_overflows() -> None:
@@ -503,7 +590,7 @@ def test_a_search_ends_where_no_other_allocation_is_left(kind: str, share: float
     """At their last levels no matrix can lose more; of two unlike matrices none can lose it for the other."""
     savings = torch.tensor([0.0, 100, 200]).double()
     curves = [Curve(f"m{l}", savings.clone(), scale * savings, least=0) for l, scale in enumerate((1, 3))]
-    space = Space([400, 1200], curves, round(share * 800))
+    space = Space([400, 1200], curves, round(share * 800), 1.0, [0, 0])
     found = searches(space, Convex(space, [1.0, 3.0]), 1000)[kind](NOTHING)
     assert found.levels == ([2, 2] if share == 1 else [1, 1])
     assert found.passes == 1 or (kind == "gradient" and found.passes < 100)
@@ -528,7 +615,7 @@ def test_the_rises_of_a_table_are_its_losses_to_first_order() -> None:
     views = [view for block in decoder_blocks(model) for view in block.weights]
     g = torch.Generator().manual_seed(0)
     moved = [1e-3 * torch.randn(view.shape, generator=g, dtype=torch.float64) for view in views]
-    weights_of = [[view.read() + move, view.read() + 2 * move] for view, move in zip(views, moved, strict=True)]
+    weights_of = [[None, view.read() + move, view.read() + 2 * move] for view, move in zip(views, moved, strict=True)]
     rest = text(6, seed=1)
     for step, rows in enumerate((rest.rows[::3], rest.rows[1::3], rest.rows[2::3], rest.rows[::3])):
         # The text is taken in three parts, as many sequences at a time as are held out; here they are also held out.

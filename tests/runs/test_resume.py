@@ -80,15 +80,26 @@ def test_a_run_that_breaks_off_after_any_record_ends_in_the_same_files(
 
 
 @pytest.mark.parametrize(
-    ("method", "stream"), [("struprune", False), ("structured-global", False), ("structured-global", True)]
+    ("how", "after"),
+    [
+        ({"method": "struprune", "stream": False}, 5),
+        ({"method": "structured-global", "stream": False}, 5),
+        ({"method": "structured-global", "stream": True}, 5),
+        ({"method": "admm", "allocation": "search", "allocation_passes": 6}, 4),
+    ],
 )
 def test_a_run_without_saved_activations_ends_in_the_same_files(
-    method: str, stream: bool, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: dict[str, Any],
+    after: int,
+    model_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Several processes save none: the finished blocks run again, dense where the next block reads dense inputs."""
-    how: dict[str, Any] = {"method": method, "stream": stream}
+    """Several processes save none: the finished blocks run again, dense where the next block reads dense inputs, and
+    pruned to the start of a search while its table is made."""
     prune(model_folder, tmp_path / "whole", text_file, **how)
-    out = broken_off(model_folder, text_file, tmp_path, monkeypatch, after=5, **how)  # one pruned block is missing
+    out = broken_off(model_folder, text_file, tmp_path, monkeypatch, after=after, **how)  # one block is missing
     with monkeypatch.context() as patch:
         patch.setattr(FolderJournal, "resume_point", lambda *_: None)
         prune(model_folder, out, text_file, resume=True, **how)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,20 @@ from torch import Tensor, nn
 from admm_prune.data.sequences import Sequences
 from admm_prune.errors import UserError
 from admm_prune.methods.allocation import measurements
-from admm_prune.methods.allocation.measurements import Gradients, Levels
+from admm_prune.methods.allocation.levels import (
+    NearbyLevels,
+    curve_levels,
+    dense_level,
+    fitting,
+    last_levels,
+    most_removed,
+    nearby_levels,
+    table_levels,
+)
+from admm_prune.methods.allocation.measurements import SOLVER, Gradients, Levels
 from admm_prune.methods.allocation.search import SearchResult, Space, Table, evolutionary_search, gradient_search
 from admm_prune.methods.base import Runtime, Task
+from admm_prune.methods.local import Method
 from admm_prune.methods.target import DENSE, Target, target_named
 from admm_prune.models.structure import WeightView, decoder_blocks
 from admm_prune.problems.allocation import Curve, EqualSlope, standardized
@@ -33,13 +45,10 @@ from admm_prune.problems.allocation_matrices import (
 )
 
 MOST = 0.95  # largest sparsity of a matrix, unless the sparsity of the whole exceeds 0.9
-DENSITIES = (2.2, 1.5, 1.0, 0.5, 0.25)  # of the levels of a path, relative to the density of the whole
-LOWER, HIGHER = 8, 3  # levels of a table below and above the common sparsity s, (1 - s) / (HIGHER + 1) apart
 _ROUNDED = 1e-6  # rounding of the fractions of levels
 HELD_OUT = 0.25  # most of the calibration sequences that a search evaluates on, as a fraction
 SEARCH_TOKENS = 2048  # about as many tokens it evaluates on, in whole sequences
 LOSS_TOKENS = 4096  # tokens on which the loss with a pruned block is measured
-MIXED = ("4:8", "2:4", "1:4")  # the levels of the rule "patterns", in addition to dense
 
 
 def budget_of(model: nn.Module, target: Target) -> tuple[list[tuple[int, WeightView]], int]:
@@ -77,30 +86,13 @@ def held_out(text: Sequences) -> tuple[Sequences, Sequences]:
     return text.split(min(HELD_OUT, SEARCH_TOKENS / text.tokens))
 
 
-def table_sparsities(fraction: float) -> list[float]:
-    """The levels of the table of a search, for a budget that is this fraction of the weights."""
-    step = (1.0 - fraction) / (HIGHER + 1)
-    return [s for k in range(-LOWER, HIGHER + 1) if (s := fraction + k * step) > 0]
-
-
-def last_levels(rule: str, views: Sequence[WeightView], target: Target) -> list[Target]:
-    """The level of each matrix that removes the most weights: 1:M for a pattern N:M, otherwise all of them."""
-    if rule == "patterns":
-        return [fitting(view)[-1] for view in views]
-    return [Target(sparsity=1.0) if target.pattern is None else Target(pattern=(1, target.pattern[1]))] * len(views)
-
-
-def most_removed(last: Sequence[Target], sizes: Sequence[int]) -> int:
-    """The number of weights that matrices of these sizes lose together at their last levels."""
-    return sum(level.removed_from(size) for level, size in zip(last, sizes, strict=True))
-
-
 @dataclass(frozen=True, kw_only=True)
 class BudgetProblem:
     """The allocation of a budget over the matrices of a model.
 
     Attributes:
         passes: the number of forward passes in a search.
+        method: the layer method of the run.
         views: the matrices that share the budget.
         blocks: for each matrix, the index of its block.
         sizes: for each matrix, the number of its weights.
@@ -111,13 +103,14 @@ class BudgetProblem:
     task: Task
     runtime: Runtime
     passes: int
+    method: Method
     views: Sequence[WeightView]
     blocks: Sequence[int]
     sizes: Sequence[int]
     budget: int
 
     @classmethod
-    def of(cls, model: nn.Module, task: Task, runtime: Runtime, passes: int) -> BudgetProblem:
+    def of(cls, model: nn.Module, task: Task, runtime: Runtime, passes: int, method: Method = SOLVER) -> BudgetProblem:
         """Raises UserError as `budget_of`."""
         placed, budget = budget_of(model, task.target)
         return cls(
@@ -125,6 +118,7 @@ class BudgetProblem:
             task=task,
             runtime=runtime,
             passes=passes,
+            method=method,
             views=[view for _, view in placed],
             blocks=[block for block, _ in placed],
             sizes=[math.prod(view.shape) for _, view in placed],
@@ -134,6 +128,11 @@ class BudgetProblem:
     @property
     def names(self) -> frozenset[str]:
         return frozenset(view.name for view in self.views)
+
+    @property
+    def _overrides(self) -> dict[str, Target]:
+        """The targets of the other matrices, except those that stay dense."""
+        return {name: target_named(text) for name, text in self.task.target.layers if text != DENSE}
 
     @property
     def fraction(self) -> float:
@@ -218,17 +217,9 @@ class BudgetProblem:
         Args:
             mixed: the levels of the rule "patterns".
         """
-        pattern = self.task.target.pattern
         if mixed:
             return {view.name: fitting(view) for view in self.views}
-        if pattern is not None:
-            group = pattern[1]
-            return {view.name: [Target(pattern=(n, group)) for n in range(group - 1, 0, -1)] for view in self.views}
-        density = 1.0 - self.fraction
-        sparsities = sorted(
-            {round(max(1.0 - factor * density, 0.05 * self.fraction), 6) for factor in DENSITIES} - {1.0}
-        )
-        return {view.name: [Target(sparsity=s) for s in sparsities] for view in self.views}
+        return {view.name: curve_levels(self.task.target, self.fraction) for view in self.views}
 
     def _levels(self, path: Mapping[str, Sequence[Target]], **how: Any) -> Levels:
         return measurements.levels(self.model, self.task, self.runtime, path, **how)
@@ -248,7 +239,6 @@ class BudgetProblem:
         order: int,
         measured: bool = False,
         path: dict[str, list[Target]] | None = None,
-        levels: Levels | None = None,
     ) -> list[Curve]:
         """Curves of the estimated increase of the loss, in nats per token.
 
@@ -263,7 +253,6 @@ class BudgetProblem:
             measured: scale the curves of each block, so that their sum at the sparsity of the whole is the increase
                 measured with this block pruned.
             path: the levels of each matrix; by default those of `_path`.
-            levels: the errors at these levels, if they have been measured.
         """
         path = path or self._path()
         reference = self._reference(path)
@@ -279,7 +268,7 @@ class BudgetProblem:
             before = measurements.mean_loss(self.model, part)
             how["loss"] = lambda: measurements.mean_loss(self.model, part)
             how["reference"] = reference
-        levels = levels or self._levels(path, **how)
+        levels = self._levels(path, **how)
         errors = {view.name: _estimated(view.name, levels, slopes) for view in self.views}
         if measured:
             for block in set(self.blocks):
@@ -354,51 +343,74 @@ class BudgetProblem:
     # Searches
 
     def _search(self) -> tuple[dict[str, str], dict[str, Any]]:
-        table, space, path, levels = self._table()
-        estimated, _ = self._by_slopes(self._sensitive(order=2, path=path, levels=levels))
-        fractions = torch.tensor([target_named(estimated[view.name]).fraction for view in self.views]).double()
-        start = (fractions / self.most).clamp(1e-3, 1 - 1e-3).logit()
-        try:
-            result = gradient_search(space, table, [torch.zeros_like(start), start], self.passes, self.runtime.journal)
-        finally:
-            table.restore()
-        return self._evaluated(result, space, path), _figures(result)
+        text, evaluated = held_out(self.task.calibration)
+        fitted = replace(self, task=replace(self.task, calibration=text))
+        start, _ = fitted._by_slopes(fitted._sensitive(order=2))
+        nearby = {name: nearby_levels(target_named(target), self.most) for name, target in start.items()}
+        overridden = {name: NearbyLevels([target], 0) for name, target in self._overrides.items()}
+        weights = measurements.pruned_nearby(self.model, fitted.task, self.runtime, nearby | overridden, self.method)
+        path = {name: levels.targets for name, levels in nearby.items()}
+        space = self._space(path)
+        chosen = [nearby[view.name].start for view in self.views]
+        z = space.logits(space.removed_at(chosen) / torch.tensor(self.sizes, dtype=torch.float64))
+        table = Table(self.model, text, evaluated, self.views, [weights[view.name] for view in self.views])
+        search = partial(gradient_search, space, table, z, self.passes, self.runtime.journal)
+        return self._searched(search, table, path, space, weights)
 
     def _evolutionary(self) -> tuple[dict[str, str], dict[str, Any]]:
-        table, space, path, _ = self._table()
+        text, evaluated = held_out(self.task.calibration)
+        levels = {view.name: table_levels(self.task.target, self.fraction) for view in self.views}
+        part = replace(self.task, calibration=text)
+        overridden = {name: [target] for name, target in self._overrides.items()}
+        measured = measurements.levels(self.model, part, self.runtime, levels | overridden, keep=True, part="table")
+        path = {name: [dense_level(pruned), *pruned] for name, pruned in levels.items()}
+        space = self._space(path)
         start = space.levels(torch.zeros(len(self.views), dtype=torch.float64))
+        weights = [[None, *measured.weights[view.name]] for view in self.views]
+        table = Table(self.model, text, evaluated, self.views, weights)
+        search = partial(evolutionary_search, space, table, start, self.passes, self.runtime.journal, self.task.seed)
+        return self._searched(search, table, path, space, measured.weights)
+
+    def _space(self, path: Mapping[str, Sequence[Target]]) -> Space:
+        """The allocations over the levels of a path."""
+        removed = [[level.removed_from(size) for level in path[view.name]] for view, size in self._sized()]
+        curves = [
+            Curve(view.name, torch.zeros(len(counts), dtype=torch.float64), counts - counts[0], least=0)
+            for view, counts in zip(self.views, (torch.tensor(r, dtype=torch.float64) for r in removed), strict=True)
+        ]
+        return Space(self.sizes, curves, self.budget, self.most, [counts[0] for counts in removed])
+
+    def _searched(
+        self,
+        search: Callable[[], SearchResult],
+        table: Table,
+        path: Mapping[str, Sequence[Target]],
+        space: Space,
+        weights: Mapping[str, Sequence[Tensor]],
+    ) -> tuple[dict[str, str], dict[str, Any]]:
+        """The targets of the best levels of a search, and its figures. Levels of fractions are adjusted to the budget,
+        which they miss by the rounding of each matrix. The model is dense afterwards.
+
+        Args:
+            weights: by name; the only ones of a matrix with a target of its own are those that it has in the search.
+        """
+        views = [view for block in decoder_blocks(self.model) for view in block.weights if view.name in self._overrides]
         try:
-            result = evolutionary_search(space, table, start, self.passes, self.runtime.journal, self.task.seed)
+            with measurements.replaced((view, weights[view.name][0]) for view in views):
+                result = search()
         finally:
             table.restore()
-        return self._evaluated(result, space, path), _figures(result)
-
-    def _evaluated(self, result: SearchResult, space: Space, path: Mapping[str, Sequence[Target]]) -> dict[str, str]:
-        """The targets of the best levels of a search. Levels of fractions are adjusted to the budget, which they miss
-        by the rounding of each matrix."""
+        figures = {
+            "held_out_loss": result.loss,
+            "held_out_loss_at_start": result.start,
+            "passes": result.passes,
+        }
         if self.task.target.pattern is not None:
-            return self._level_targets(result.levels, path)
-        levels = _removing_enough(space.curves, result.levels, self.budget)
-        return self._fractions(met_exactly(space.curves, levels, self.budget))
-
-    def _table(self) -> tuple[Table, Space, dict[str, list[Target]], Levels]:
-        """Prunes each matrix to evenly spaced levels, on the part of the calibration text that is not held out.
-
-        Returns:
-            The pruned matrices, the space of allocations over them, their levels by name, and the errors at these.
-
-        Raises:
-            UserError: there is only one sequence.
-        """
-        text, evaluated = held_out(self.task.calibration)
-        path = self._path()
-        if self.task.target.pattern is None:
-            path = {view.name: [Target(sparsity=s) for s in table_sparsities(self.fraction)] for view in self.views}
-        part = replace(self.task, calibration=text)
-        measured = measurements.levels(self.model, part, self.runtime, path, keep=True, part="table")
-        curves = [self._of_levels(view, size, path[view.name]) for view, size in self._sized()]
-        table = Table(self.model, text, evaluated, self.views, [measured.weights[view.name] for view in self.views])
-        return table, Space(self.sizes, curves, self.budget, self.most), path, measured
+            chosen = zip(self.views, result.levels, strict=True)
+            return {view.name: str(path[view.name][level]) for view, level in chosen}, figures
+        budget = self.budget - sum(space.first)
+        added = met_exactly(space.curves, _removing_enough(space.curves, result.levels, budget), budget)
+        return self._fractions([first + count for first, count in zip(space.first, added, strict=True)]), figures
 
     # Targets
 
@@ -420,27 +432,8 @@ class BudgetProblem:
         targets = {}
         for view, level in zip(self.views, chosen, strict=True):
             levels = path[view.name]
-            targets[view.name] = str(levels[level - 1]) if level else _dense(levels)
+            targets[view.name] = str(levels[level - 1]) if level else str(dense_level(levels))
         return targets
-
-
-def fitting(view: WeightView) -> list[Target]:
-    """The patterns of the rule "patterns" whose groups divide the inputs of a matrix.
-
-    Raises:
-        UserError: there are none.
-    """
-    targets = [target_named(text) for text in MIXED]
-    targets = [to for to in targets if to.pattern is not None and view.shape[1] % to.pattern[1] == 0]
-    if not targets:
-        raise UserError(f"{view.name}: its {view.shape[1]} inputs fit none of the patterns {', '.join(MIXED)}")
-    return targets
-
-
-def _dense(levels: Sequence[Target]) -> str:
-    """The target that keeps every weight: 0.0 or M:M and not "dense", so that the matrix still counts as pruned."""
-    pattern = levels[0].pattern
-    return "0.0" if pattern is None else f"{pattern[1]}:{pattern[1]}"
 
 
 def _removing_enough(curves: Sequence[Curve], levels: Sequence[int], budget: int) -> list[int]:
@@ -461,10 +454,6 @@ def _estimated(name: str, levels: Levels, slopes: Gradients) -> Tensor:
         return torch.zeros(len(levels.rows[name]), dtype=torch.float64)
     rise = levels.rows[name] @ (slopes.squares[name] / (2.0 * trace * slopes.tokens))
     return rise + levels.first_order[name].abs() if levels.first_order else rise
-
-
-def _figures(result: SearchResult) -> dict[str, Any]:
-    return {"held_out_loss": result.loss, "held_out_loss_at_start": result.start, "passes": result.passes}
 
 
 def _mean(values: Sequence[float]) -> float:

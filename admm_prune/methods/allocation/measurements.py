@@ -1,10 +1,11 @@
-"""Measurements of the dense model for allocation rules: outliers, spectra, errors at several sparsities, gradients."""
+"""Measurements for allocation rules: outliers, spectra, errors and pruned matrices at several sparsities, gradients."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # public, bu
 
 from admm_prune.data.sequences import Batch, Sequences
 from admm_prune.errors import UserError
+from admm_prune.methods.allocation.levels import NearbyLevels
 from admm_prune.methods.base import Runtime, Task
 from admm_prune.methods.block_loop import BlockResult, PassSettings, for_each_block
-from admm_prune.methods.local import LOCAL_METHODS
+from admm_prune.methods.joint import Joint
+from admm_prune.methods.layerwise import prune_all, uses_ridge
+from admm_prune.methods.local import LOCAL_METHODS, Method
 from admm_prune.methods.target import Target
 from admm_prune.models.capture import BlockStream
 from admm_prune.models.inputs import SharedInput
@@ -108,15 +112,13 @@ def levels(
     def measure(stream: BlockStream, index: int, block: Block) -> BlockResult:
         chosen = {view.name for view in block.weights if view.name in path}
         tensors: dict[str, Tensor] = {}
-        dense: list[tuple[WeightView, Tensor]] = []
         measured = None
-        try:
+        with _restored(view for view in block.weights if loss is not None and view.name in chosen):
             for shared in stream.collect(index, chosen) if chosen else ():
                 gram = shared.statistics.gram
                 pruned = _pruned(shared, path)
                 for view in shared.weights:
                     original = view.read().clone()
-                    dense.append((view, original))
                     every = (*pruned[view.name], torch.zeros_like(original))
                     changes = [w.to(gram) - original.to(gram) for w in every]
                     tensors[f"rows/{view.name}"] = torch.stack(
@@ -133,12 +135,8 @@ def levels(
                         tensors |= {f"{k}/{view.name}": w for k, w in enumerate(stored)}
                     if loss is not None:
                         view.write(pruned[view.name][reference])
-            if loss is not None and dense:
+            if loss is not None and chosen:
                 measured = loss()
-        finally:
-            if loss is not None:
-                for view, original in dense:
-                    view.write(original)
         stream.advance(index)
         return BlockResult(details={"loss": measured}, tensors=tensors)
 
@@ -151,6 +149,78 @@ def levels(
         first_order={} if gradients is None else {name: tensors[f"first/{name}"] for name in path},
         losses=[result.details["loss"] for result in results] if loss is not None else [],
     )
+
+
+def pruned_nearby(
+    model: nn.Module, task: Task, runtime: Runtime, nearby: Mapping[str, NearbyLevels], method: Method
+) -> dict[str, list[Tensor]]:
+    """Prunes each matrix by a layer method to the levels near an allocation, on the outputs of the blocks before it as
+    this allocation prunes them. The model is dense again afterwards, also after an error.
+
+    Args:
+        nearby: by the name of the matrix.
+
+    Returns:
+        For each matrix, the pruned matrix at each of its levels.
+
+    Raises:
+        UserError: a matrix cannot be pruned; the message names it.
+    """
+    views = [[view for view in block.weights if view.name in nearby] for block in decoder_blocks(model)]
+    task = replace(task, bounds=False, ridge=task.ridge if uses_ridge(method, Joint(), bounds=False) else None)
+    levels = [
+        {name: str(one.targets[k]) for name, one in nearby.items() if k < len(one.targets)}
+        for k in range(max(len(one.targets) for one in nearby.values()))
+    ]
+
+    def prune(stream: BlockStream, index: int, block: Block) -> BlockResult:
+        inputs = stream.collect(index, {view.name for view in views[index]}) if views[index] else []
+        tensors: dict[str, Tensor] = {}
+        for k, targets in enumerate(levels):
+            level = replace(task, target=replace(task.target, layers=tuple(targets.items())))
+            having = [
+                replace(one, weights=tuple(view for view in one.weights if view.name in targets)) for one in inputs
+            ]
+            with _restored(views[index]):
+                prune_all([one for one in having if one.weights], method, level)
+                for view in (view for one in having for view in one.weights):
+                    tensors[f"{k}/{view.name}"] = view.read().to("cpu", copy=True)
+        return BlockResult(tensors=tensors)
+
+    def at_start(index: int, result: BlockResult) -> AbstractContextManager[None]:
+        return replaced((view, result.tensors[f"{nearby[view.name].start}/{view.name}"]) for view in views[index])
+
+    settings = PassSettings(
+        part="allocation-table",
+        changes=False,
+        note=", table",
+        weighting=method.problem.weighting,
+        advancing=at_start,
+    )
+    results = for_each_block(model, task, runtime, prune, settings)
+    tensors = {name: tensor for result in results for name, tensor in result.tensors.items()}
+    return {name: [tensors[f"{k}/{name}"] for k in range(len(one.targets))] for name, one in nearby.items()}
+
+
+@contextmanager
+def replaced(weights: Iterable[tuple[WeightView, Tensor]]) -> Iterator[None]:
+    """Gives matrices other weights for a while."""
+    weights = list(weights)
+    with _restored(view for view, _ in weights):
+        for view, weight in weights:
+            view.write(weight)
+        yield
+
+
+@contextmanager
+def _restored(views: Iterable[WeightView]) -> Iterator[None]:
+    """Gives matrices their present weights again at the end."""
+    before = [(view, view.read().clone()) for view in views]
+    try:
+        yield
+    finally:
+        for view, weight in before:
+            view.write(weight)
 
 
 @dataclass(frozen=True, kw_only=True)

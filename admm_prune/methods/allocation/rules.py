@@ -10,24 +10,27 @@ from typing import Any
 from torch import nn
 
 from admm_prune.errors import UserError, check_at_least, unknown
-from admm_prune.methods.allocation.budget import (
+from admm_prune.methods.allocation.budget import BudgetProblem, budget_of
+from admm_prune.methods.allocation.levels import (
     DENSITIES,
     HIGHER,
     LOWER,
     MIXED,
-    BudgetProblem,
-    budget_of,
+    NEARBY,
+    curve_levels,
     last_levels,
     most_removed,
-    table_sparsities,
+    table_levels,
 )
+from admm_prune.methods.allocation.measurements import SOLVER
 from admm_prune.methods.base import Recipe, Runtime, Task, TextUse
+from admm_prune.methods.local import Method
 from admm_prune.methods.target import Target
 from admm_prune.models.parallel import ALONE, World
 from admm_prune.models.structure import WeightView
 
 SEARCHES = ("search", "evolutionary")
-PASSES = 128  # forward passes of a search, by default
+PASSES = 64  # forward passes of a search, by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,8 @@ class Rule:
     Attributes:
         summary: one line for the documentation.
         collects: whether it needs statistics of the inputs of every matrix, from a pass over the blocks.
-        levels: the number of levels to which every matrix is pruned; of a search, the most (`AllocationRule.levels`).
+        levels: the number of levels at which the error of every matrix is measured, at most (`AllocationRule.levels`).
+        nearby: the number of levels to which the method of the run prunes every matrix before a search.
         gradients: whether it needs gradients of the calibration loss, which need the whole model in memory.
         losses: whether it needs losses of the model with pruned blocks or matrices, which also need it in memory.
     """
@@ -45,6 +49,7 @@ class Rule:
     summary: str
     collects: bool = True
     levels: int = 0
+    nearby: int = 0
     gradients: bool = False
     losses: bool = False
 
@@ -59,7 +64,7 @@ class Rule:
         return self.gradients or self.losses
 
 
-_CURVES, _TABLE = len(DENSITIES), LOWER + 1 + HIGHER
+_CURVES = len(DENSITIES)
 RULES: Mapping[str, Rule] = {
     "uniform": Rule(summary="the same sparsity for every matrix", collects=False),
     "owl": Rule(summary="blocks with more outliers among their scores lose less (OWL)"),
@@ -80,12 +85,13 @@ RULES: Mapping[str, Rule] = {
     "patterns": Rule(summary="knapsack over the levels dense, 4:8, 2:4 and 1:4", levels=len(MIXED), gradients=True),
     "search": Rule(
         summary="from fisher, along the gradient of the loss of the pruned model, compared on held-out text",
-        levels=_TABLE,
+        levels=_CURVES,
+        nearby=1 + len(NEARBY),
         gradients=True,
         losses=True,
     ),
     "evolutionary": Rule(
-        summary="EvoPress's level switches from uniform: the baseline of search", levels=_TABLE, losses=True
+        summary="EvoPress's level switches from uniform: the baseline of search", levels=LOWER + 1 + HIGHER, losses=True
     ),
 }
 
@@ -135,10 +141,10 @@ class AllocationRule:
 
     def levels(self, target: Target) -> int:
         """The number of levels to which every matrix is pruned for a target; 0 for a rule without levels."""
-        rule = RULES[self.name]
-        if rule.levels and target.pattern is not None:
-            return target.pattern[1] - 1
-        return len(table_sparsities(target.fraction)) if self.name in SEARCHES else rule.levels
+        measured = RULES[self.name].levels
+        if not measured or self.name == "patterns":
+            return measured
+        return len((table_levels if self.name == "evolutionary" else curve_levels)(target, target.fraction))
 
     def text_use(self, recipe: Recipe) -> TextUse:
         """What the calibration text is used for by a method whose targets come from this rule."""
@@ -183,17 +189,20 @@ class AllocationRule:
                 f"go, and {100 * most / total:.4g}% can go at most, at {levels}: prune less"
             )
 
-    def applied(self, model: nn.Module, task: Task, runtime: Runtime) -> Allocated:
+    def applied(self, model: nn.Module, task: Task, runtime: Runtime, recipe: Recipe | None = None) -> Allocated:
         """Distributes the budget of the target over the matrices that have no target of their own. The model stays
         dense.
 
         The pruned matrices, including those with a target of their own, lose exactly round(s n) of their n weights
         together; with patterns at least as many, and less than one step of one matrix more.
 
+        Args:
+            recipe: the method of the run, whose layer method prunes the matrices of a search; without one, sparsegpt.
+
         Raises:
             UserError: the budget cannot be met, or the text or a matrix cannot be used.
         """
-        problem = BudgetProblem.of(model, task, runtime, self.passes)
+        problem = BudgetProblem.of(model, task, runtime, self.passes, layer_method(recipe))
         self._check_budget(problem.views, problem.budget, task.target)
         if task.target.fraction == 0 or not problem.views:
             return Allocated(target=task.target, details={"rule": self.name, "targets": {}})
@@ -203,3 +212,9 @@ class AllocationRule:
             raise UserError(f"the allocation {self.name}: {error}") from error
         layers = tuple((dict(task.target.layers) | details["targets"]).items())
         return Allocated(target=replace(task.target, layers=layers), details=details)
+
+
+def layer_method(recipe: Recipe | None) -> Method:
+    """The layer method of a run, with which a search prunes its matrices; sparsegpt if there is none."""
+    method = getattr(recipe, "method", None)
+    return method if isinstance(method, Method) else SOLVER

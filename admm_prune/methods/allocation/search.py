@@ -28,6 +28,7 @@ _FAILURES = 3  # allocations in turn that are not better, after which the step i
 _SHRINKAGE = 0.5  # of the step
 _SMALLEST = 0.06  # the search ends when the step is shorter
 _CLIP = 2.0  # of the deviation of d_l from the mean, relative to the mean of |d_l|
+_EXTREMES = (1e-3, 1.0 - 1e-3)  # of s_l / most where z_l is derived from it
 _FLATTEST = 0.02  # least s_l (1 - s_l / most) in the weights of these means: they include matrices at sparsity 0
 GRADIENT_PASSES = 3  # forward passes that take as long as a gradient: a backward pass takes as long as two
 _OFFSPRING = 16
@@ -50,27 +51,27 @@ class Losses(Protocol):
 
 @dataclass(eq=False)
 class Table:
-    """The loss of a model from its matrices at each level; level 0 is dense.
+    """The loss of a model from its matrices at each level.
 
     Args:
         text: on which gradients are taken, at most as many sequences at a time as are held out.
         held_out: on which the loss is measured.
         views: the matrices.
-        weights: for each matrix, its pruned weights at levels 1, 2, ...
+        weights: for each matrix, its weights at each level; None where it is dense.
 
     Attributes:
-        current: the level at which each matrix is now.
+        current: the level at which each matrix is now; None before the first evaluation.
     """
 
     model: nn.Module
     text: Sequences
     held_out: Sequences
     views: Sequence[WeightView]
-    weights: Sequence[Sequence[Tensor]]
-    current: list[int] = field(init=False)
+    weights: Sequence[Sequence[Tensor | None]]
+    current: list[int | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.current = [0] * len(self.views)
+        self.current = [None] * len(self.views)
         self._dense = [view.read().clone() for view in self.views]
 
     def loss(self, chosen: Sequence[int]) -> float:
@@ -94,7 +95,7 @@ class Table:
 
         def reduce(view: WeightView, gradient: Tensor) -> None:
             i = index[view.name]
-            below, above = neighbours(len(self.weights[i]), chosen[i])
+            below, above = neighbours(len(self.weights[i]) - 1, chosen[i])
             change = self._at(i, above).to(gradient) - self._at(i, below).to(gradient)
             changes[i] += (gradient * change).sum(dtype=torch.float64).cpu()
 
@@ -104,7 +105,8 @@ class Table:
         return [float(change) / tokens for change in changes]
 
     def _at(self, i: int, level: int) -> Tensor:
-        return self._dense[i] if level == 0 else self.weights[i][level - 1]
+        weight = self.weights[i][level]
+        return self._dense[i] if weight is None else weight
 
     def _write(self, chosen: Sequence[int]) -> None:
         for i, (view, level) in enumerate(zip(self.views, chosen, strict=True)):
@@ -116,7 +118,7 @@ class Table:
         """Makes the matrices dense again."""
         for view, dense in zip(self.views, self._dense, strict=True):
             view.write(dense)
-        self.current = [0] * len(self.views)
+        self.current = [None] * len(self.views)
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,27 @@ class Space:
 
     Args:
         sizes: the number of weights of each matrix.
-        curves: whose savings are the weights that each level of a matrix removes.
+        curves: whose savings are the weights that each level of a matrix removes in addition to its first level.
         budget: the number of weights to remove.
         most: the largest sparsity of a matrix.
+        first: for each matrix, the number of weights that its first level removes.
     """
 
     sizes: Sequence[int]
     curves: Sequence[Curve]
     budget: int
-    most: float = 1.0
+    most: float
+    first: Sequence[int]
+
+    def logits(self, sparsities: Tensor) -> Tensor:
+        """The z of sparsities that meet the budget, at t = 0; within +-7."""
+        return (sparsities / self.most).clamp(*_EXTREMES).logit()
+
+    def within_levels(self, z: Tensor) -> Tensor:
+        """z within the levels of each matrix."""
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        low, high = (self.logits(self.removed_at([k * curve.count for curve in self.curves]) / sizes) for k in (0, 1))
+        return z.clamp(low, high)
 
     def removed(self, z: Tensor) -> list[int]:
         """The number of weights that each matrix loses; they add up to the budget."""
@@ -141,12 +155,14 @@ class Space:
 
     def levels(self, z: Tensor) -> list[int]:
         """The levels of the table nearest to `removed`."""
-        chosen = nearest_levels(self.curves, self.removed(z), self.budget)
+        removed = [count - first for count, first in zip(self.removed(z), self.first, strict=True)]
+        chosen = nearest_levels(self.curves, removed, self.budget - sum(self.first))
         return [chosen.removed[curve.name] for curve in self.curves]
 
     def removed_at(self, levels: Sequence[int]) -> Tensor:
         """The number of weights that each matrix loses at its level."""
-        return torch.stack([curve.savings[k] for curve, k in zip(self.curves, levels, strict=True)])
+        added = torch.stack([curve.savings[k] for curve, k in zip(self.curves, levels, strict=True)])
+        return added + torch.tensor(self.first, dtype=torch.float64)
 
 
 def neighbours(highest: int, level: int) -> tuple[int, int]:
@@ -199,9 +215,7 @@ class _Counted:
         return value
 
 
-def gradient_search(
-    space: Space, losses: Losses, starts: Sequence[Tensor], passes: int, journal: Journal
-) -> SearchResult:
+def gradient_search(space: Space, losses: Losses, start: Tensor, passes: int, journal: Journal) -> SearchResult:
     """Descends the loss of the pruned model along its gradient by the levels, on one part of the text after another.
 
     With d_l the change of the loss per weight that matrix l loses in addition, an allocation within the budget is
@@ -211,24 +225,23 @@ def gradient_search(
 
     where mu is the mean of d_l and m that of |d_l|, weighted by n_l s_l (1 - s_l / most), the weights that matrix l
     loses per unit of z_l (with s_l (1 - s_l / most) at least 0.02). d_l is the difference quotient of the first-order
-    change between the neighbouring levels. After three allocations in turn that do not lower the held-out loss, or one
-    at which it is not finite, the search returns to the best one and halves its step. It ends when the passes are used
-    or the step is short. Every measurement is committed to the journal.
+    change between the neighbouring levels. z_l stays within the levels of the matrix. After three allocations in turn
+    that do not lower the held-out loss, or one at which it is not finite, the search returns to the best one and halves
+    its step. It ends when the passes are used or the step is short. Every measurement is committed to the journal.
 
     Args:
-        starts: values of z; the search begins at the best one.
-        passes: the maximum number of forward passes over the held-out text, including those of the starts. A gradient
+        start: z at the beginning.
+        passes: the maximum number of forward passes over the held-out text, including that of the start. A gradient
             counts as three.
         journal: of the run.
     """
     value = _Counted(losses, journal)
-    values = [value.loss(space.levels(z)) for z in starts[:passes]]
-    first = min(range(len(values)), key=values.__getitem__)
-    best, least = starts[first], values[first]
-    z, step, failures, gradients = best, _STEP, 0, 0
+    first = least = value.loss(space.levels(start))
+    z = best = start
+    step, failures, gradients = _STEP, 0, 0
     while value.passes + GRADIENT_PASSES < passes and step >= _SMALLEST:
         levels = space.levels(z)
-        z = z - step * _direction(space, levels, value.rises(levels, gradients))
+        z = space.within_levels(z - step * _direction(space, levels, value.rises(levels, gradients)))
         gradients += 1
         trial = space.levels(z)
         reached = value.loss(trial) if trial != levels else least
@@ -238,7 +251,7 @@ def gradient_search(
             failures += 1
         if failures == _FAILURES or math.isinf(reached):
             z, step, failures = best, _SHRINKAGE * step, 0
-    return SearchResult(space.levels(best), least, values[0], value.passes)
+    return SearchResult(space.levels(best), least, first, value.passes)
 
 
 def _direction(space: Space, levels: Sequence[int], rises: Sequence[float]) -> Tensor:
