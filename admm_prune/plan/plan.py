@@ -199,6 +199,8 @@ def make_plan(settings: PlanSettings) -> Plan:
     sequences = anatomy.sequences(settings.samples or recipe.samples, settings.length)
     task = Task(target=target, calibration=sequences, ridge=pruning.ridge)
     recipe.check_task(task)
+    if allocation is not None:
+        allocation.check_task(task)
     # 3. The text, the rates of the machine, and the stages.
     reading = None if text is None else read(text, model, anatomy.model, stream=stream, trust_remote_code=trusts)
     local = measured_here(out, _narrow(anatomy), "cpu" if gpu is not None else device)
@@ -219,7 +221,9 @@ def make_plan(settings: PlanSettings) -> Plan:
         stages = _with_text(stages, reading, {} if stream else {WEIGHTS: anatomy.weight_bytes})
         local = replace(local, rates={**local.rates, "tokenize": reading.rate})
     output = round(anatomy.weight_bytes * _saved_fraction(anatomy, recipe, task.target))
-    passes = 1 + (allocation is not None and RULES[allocation.name].collects)
+    passes = 1
+    if allocation is not None:
+        passes += RULES[allocation.name].collects + (RULES[allocation.name].nearby > 0)
     disk = _disk(anatomy, stages, output, passes, stream=stream)
     machine = local if gpu is None else gpu_named(gpu, local)
     if device == "cpu":

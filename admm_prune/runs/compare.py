@@ -351,7 +351,7 @@ def _pruning_tasks(settings: ComparisonSettings, texts: Texts, jobs: Sequence[tu
     """The task of every run, checked; the ridge is for the methods that support it.
 
     Raises:
-        UserError: no method supports the ridge, or one does not support the bounds.
+        UserError: no method supports the ridge, or one does not support the bounds; or a text cannot be used.
     """
     tasks: list[Task] = []
     obstacles: list[str] = []
@@ -368,6 +368,8 @@ def _pruning_tasks(settings: ComparisonSettings, texts: Texts, jobs: Sequence[tu
             obstacles.append(obstacle)
             task = replace(task, ridge=None)
         recipe.check_task(task)
+        if settings.shared.allocation is not None and recipe.prunes:
+            settings.shared.allocation.check_task(task)
         tasks.append(task)
     if obstacles and all(task.ridge is None for task in tasks):
         raise UserError(obstacles[0])

@@ -149,6 +149,8 @@ def prune(settings: Settings) -> Report:
         del texts
         task = Task(target=target, calibration=calibration, seed=settings.seed, ridge=run.ridge, bounds=settings.bounds)
         run.recipe.check_task(task)
+        if run.allocation is not None:
+            run.allocation.check_task(task)
         runtime = _runtime(settings, run, loaded, journal or NOTHING)
         with followed(run.tracker, record["settings"]) as summary:
             # 4. Evaluate the dense model.

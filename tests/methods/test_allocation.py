@@ -693,6 +693,7 @@ def test_targets_that_do_not_add_up_are_detected(prune: Prune, tmp_path: Path) -
         ({"method": "elsa", "allocation": "owl"}, "elsa trains all weights to one target"),
         ({"allocation": "uniform", "overrides": {"Linear": 0.9}}, "the overrides alone leave no way to 50%"),
         ({"sparsity": None, "pattern": "2:4", "allocation": "patterns"}, "mixes patterns itself"),
+        ({"allocation": "evolutionary", "samples": 1}, "a search needs held-out text: give at least two calibration"),
     ],
 )
 def test_what_cannot_be_allocated_is_refused_before_any_work(
@@ -703,6 +704,19 @@ def test_what_cannot_be_allocated_is_refused_before_any_work(
     assert reason in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_a_search_cannot_use_is_refused_before_the_dense_model_is_evaluated(
+    prune: Prune, model_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("admm_prune.runs.prune.evaluated_dense")
+    with pytest.raises(UserError, match="a search needs held-out text"):
+        prune(sparsity=0.5, method="wanda", allocation="search", samples=1)
+    run = Settings(str(model_folder), data=str(text_file), samples=1, device="cpu", allocation="search")
+    settings = ComparisonSettings(run=run, methods=("wanda",), targets=(Target(0.5),))
+    monkeypatch.delattr("admm_prune.runs.compare.evaluated_dense", raising=False)
+    with pytest.raises(UserError, match="a search needs held-out text"):
+        compare(settings, tmp_path / "out")
 
 
 @pytest.mark.slow

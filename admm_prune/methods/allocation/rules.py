@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from admm_prune.errors import UserError, check_at_least, unknown
-from admm_prune.methods.allocation.budget import BudgetProblem, budget_of
+from admm_prune.methods.allocation.budget import BudgetProblem, budget_of, held_out
 from admm_prune.methods.allocation.levels import (
     DENSITIES,
     HIGHER,
@@ -176,6 +176,15 @@ class AllocationRule:
             raise UserError(f"the allocation patterns mixes patterns, which are sparse sets: it takes no {sets.name}")
         sharing, budget = budget_of(model, target)
         self._check_budget([view for _, view in sharing], budget, target)
+
+    def check_task(self, task: Task) -> None:
+        """Rejects a text that the rule cannot use.
+
+        Raises:
+            UserError: a search has no text to hold out.
+        """
+        if self.name in SEARCHES:
+            held_out(task.calibration)
 
     def _check_budget(self, views: Sequence[WeightView], budget: int, target: Target) -> None:
         """Raises UserError if the matrices cannot reach the budget at their last levels."""
