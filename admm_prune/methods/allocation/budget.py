@@ -24,7 +24,7 @@ from admm_prune.methods.allocation.levels import (
     nearby_levels,
     table_levels,
 )
-from admm_prune.methods.allocation.measurements import SOLVER, Gradients, Levels
+from admm_prune.methods.allocation.measurements import Gradients, Levels
 from admm_prune.methods.allocation.search import SearchResult, Space, Table, evolutionary_search, gradient_search
 from admm_prune.methods.base import Runtime, Task
 from admm_prune.methods.local import Method
@@ -110,7 +110,7 @@ class BudgetProblem:
     budget: int
 
     @classmethod
-    def of(cls, model: nn.Module, task: Task, runtime: Runtime, passes: int, method: Method = SOLVER) -> BudgetProblem:
+    def of(cls, model: nn.Module, task: Task, runtime: Runtime, passes: int, method: Method) -> BudgetProblem:
         """Raises UserError as `budget_of`."""
         placed, budget = budget_of(model, task.target)
         return cls(
@@ -351,8 +351,7 @@ class BudgetProblem:
         weights = measurements.pruned_nearby(self.model, fitted.task, self.runtime, nearby | overridden, self.method)
         path = {name: levels.targets for name, levels in nearby.items()}
         space = self._space(path)
-        chosen = [nearby[view.name].start for view in self.views]
-        z = space.logits(space.removed_at(chosen) / torch.tensor(self.sizes, dtype=torch.float64))
+        z = space.logits([nearby[view.name].start for view in self.views])
         table = Table(self.model, text, evaluated, self.views, [weights[view.name] for view in self.views])
         search = partial(gradient_search, space, table, z, self.passes, self.runtime.journal)
         return self._searched(search, table, path, space, weights)
@@ -394,7 +393,8 @@ class BudgetProblem:
         Args:
             weights: by name; the only ones of a matrix with a target of its own are those that it has in the search.
         """
-        views = [view for block in decoder_blocks(self.model) for view in block.weights if view.name in self._overrides]
+        overridden = self._overrides
+        views = [view for block in decoder_blocks(self.model) for view in block.weights if view.name in overridden]
         try:
             with measurements.replaced((view, weights[view.name][0]) for view in views):
                 result = search()

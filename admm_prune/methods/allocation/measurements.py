@@ -118,7 +118,7 @@ def levels(
                 gram = shared.statistics.gram
                 pruned = _pruned(shared, path)
                 for view in shared.weights:
-                    original = view.read().clone()
+                    original = view.read()
                     every = (*pruned[view.name], torch.zeros_like(original))
                     changes = [w.to(gram) - original.to(gram) for w in every]
                     tensors[f"rows/{view.name}"] = torch.stack(

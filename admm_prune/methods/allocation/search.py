@@ -139,15 +139,13 @@ class Space:
     most: float
     first: Sequence[int]
 
-    def logits(self, sparsities: Tensor) -> Tensor:
-        """The z of sparsities that meet the budget, at t = 0; within +-7."""
-        return (sparsities / self.most).clamp(*_EXTREMES).logit()
+    def logits(self, levels: Sequence[int]) -> Tensor:
+        """The z at which each matrix has the sparsity of its level, at t = 0; within +-7."""
+        return (self.sparsities(levels) / self.most).clamp(*_EXTREMES).logit()
 
     def within_levels(self, z: Tensor) -> Tensor:
         """z within the levels of each matrix."""
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        low, high = (self.logits(self.removed_at([k * curve.count for curve in self.curves]) / sizes) for k in (0, 1))
-        return z.clamp(low, high)
+        return z.clamp(self.logits([0] * len(self.curves)), self.logits([curve.count for curve in self.curves]))
 
     def removed(self, z: Tensor) -> list[int]:
         """The number of weights that each matrix loses; they add up to the budget."""
@@ -163,6 +161,10 @@ class Space:
         """The number of weights that each matrix loses at its level."""
         added = torch.stack([curve.savings[k] for curve, k in zip(self.curves, levels, strict=True)])
         return added + torch.tensor(self.first, dtype=torch.float64)
+
+    def sparsities(self, levels: Sequence[int]) -> Tensor:
+        """The fraction of its weights that each matrix loses at its level."""
+        return self.removed_at(levels) / torch.tensor(self.sizes, dtype=torch.float64)
 
 
 def neighbours(highest: int, level: int) -> tuple[int, int]:
@@ -260,7 +262,7 @@ def _direction(space: Space, levels: Sequence[int], rises: Sequence[float]) -> T
     widths = space.removed_at([above for _, above in around]) - space.removed_at([below for below, _ in around])
     free = widths > 0
     sizes = torch.tensor(space.sizes, dtype=torch.float64)
-    sparsities = space.removed_at(levels) / sizes
+    sparsities = space.sparsities(levels)
     d = torch.where(free, torch.tensor(rises, dtype=torch.float64) / widths.clamp_min(1.0), 0.0)
     weights = free * sizes * (sparsities * (1.0 - sparsities / space.most)).clamp_min(_FLATTEST)
     total = weights.sum()
