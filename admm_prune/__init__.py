@@ -22,6 +22,7 @@ __all__ = [
     "GramAccumulator",
     "GroupOBS",
     "GroupReconstruction",
+    "GroupSearch",
     "Groups",
     "LayerReconstruction",
     "LayerStatistics",
@@ -77,6 +78,7 @@ _MODULES = {
     "solvers.admm": ("ADMM",),
     "solvers.alternating": ("Alternating",),
     "solvers.group_obs": ("GroupOBS",),
+    "solvers.group_search": ("GroupSearch",),
     "solvers.local_search": ("LocalSearch",),
     "solvers.obs": ("SparseGPT",),
     "solvers.one_shot": ("Magnitude", "Wanda"),
@@ -108,6 +110,7 @@ if TYPE_CHECKING:
     from admm_prune.solvers.admm import ADMM
     from admm_prune.solvers.alternating import Alternating
     from admm_prune.solvers.group_obs import GroupOBS
+    from admm_prune.solvers.group_search import GroupSearch
     from admm_prune.solvers.local_search import LocalSearch
     from admm_prune.solvers.obs import SparseGPT
     from admm_prune.solvers.one_shot import Magnitude, Wanda

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 from torch import Tensor
@@ -66,6 +68,29 @@ class RunConstraint(SupportConstraint, Protocol):
     def runs(self, shape: tuple[int, int]) -> tuple[int, int] | None:
         """(k, r) if `select` keeps the k largest of every r consecutive entries of a matrix of this shape, in row-major
         order, and the first of equal ones; otherwise None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Strips:
+    """Consecutive rows of a matrix whose supports are made of tiles.
+
+    Attributes:
+        rows: the number of rows. The number of tiles that they keep together is limited.
+        height: rows of a tile; divides `rows`.
+        width: columns of a tile.
+    """
+
+    rows: int
+    height: int
+    width: int
+
+
+@runtime_checkable
+class StripConstraint(SupportConstraint, Protocol):
+    def strips(self, shape: tuple[int, int]) -> Sequence[Strips] | None:
+        """The strips of a matrix of this shape, from the top, if its supports are any that keep a limited number of
+        tiles in each; otherwise None."""
         ...
 
 

@@ -2,11 +2,11 @@
 
     python -m collection.long_search [--problems PATTERN] [--seconds 300] [--seed 0]
 
-By turns ADMM with penalties drawn at random, refitted and improved by swaps, and, where the set allows swaps within
-rows, the best point with some entries of each row exchanged at random, from which swaps go on; of each row the better
-result is kept where that leaves all budgets as they are. Solutions are offered to the records, and the values before
-and after are rows of `long_search.csv`. The time is CPU time of each problem. Without a pattern the problems are six of
-several models and sets.
+By turns ADMM with penalties drawn at random, improved by swaps, and the best point with some entries of each row
+exchanged at random, from which swaps go on; of each row the better result is kept where that leaves all budgets as they
+are. Where supports are made of tiles, this holds for tiles and strips of tiles. Solutions are offered to the records,
+and the values before and after are rows of `long_search.csv`. The time is CPU time of each problem. Without a pattern
+the problems are six of several models and sets.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import argparse
 import datetime
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from torch import Tensor
 from admm_prune.point import Point
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.admm import ADMM
+from admm_prune.solvers.base import Solver
+from admm_prune.solvers.group_search import GroupSearch
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import LogSpaced
@@ -47,8 +50,9 @@ PROBLEMS = (
     "stories260k.2.o_proj/columns-50",
 )
 _KICKS = 3  # for each restart
-_MOST_EXCHANGED = 6  # entries of a row
+_MOST_EXCHANGED = 6  # entries of a row, or tiles of a strip
 _SWAPS = LocalSearch(rounds=48, candidates=16, refits=8, patience=6)
+_TILE_SWAPS = GroupSearch(rounds=256, candidates=None, transfers=16)
 
 
 @dataclass
@@ -70,20 +74,34 @@ def random_admm(draw: np.random.Generator) -> ADMM:
     return ADMM(penalty=penalty, relaxation=relaxation, fast_until=0, max_iterations=over, refit_iterations=10)
 
 
-def exchanged(weight: Tensor, group: int, draw: np.random.Generator) -> Tensor:
-    """A point with the support of V (out, in) but for some kept entries of each row, each for one of its group."""
-    out, width = weight.shape
-    support = weight != 0
+def tile_of(given: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of what the set of a problem keeps or removes as a whole."""
+    match given["kind"]:
+        case "block":
+            return given["height"], given["width"]
+        case "group":
+            return shape[0], given["width"]
+        case _:
+            return 1, 1
+
+
+def exchanged(weight: Tensor, tile: tuple[int, int], group: int, draw: np.random.Generator) -> Tensor:
+    """A point with the support of V (out, in) but for some kept tiles of each strip, each for one of its group."""
+    height, width = tile
+    tiles = weight.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+    kept_tiles = (tiles != 0).any(3).any(1)
+    strips, count = kept_tiles.shape
     for _ in range(int(draw.integers(1, _MOST_EXCHANGED + 1))):
-        order = torch.from_numpy(draw.random((out, width)))
-        start = torch.from_numpy(draw.integers(0, width // group, out)) * group
-        within = (torch.arange(width) >= start[:, None]) & (torch.arange(width) < start[:, None] + group)
-        kept, free = within & support, within & ~support
+        order = torch.from_numpy(draw.random((strips, count)))
+        start = torch.from_numpy(draw.integers(0, count // group, strips)) * group
+        within = (torch.arange(count) >= start[:, None]) & (torch.arange(count) < start[:, None] + group)
+        kept, free = within & kept_tiles, within & ~kept_tiles
         both = kept.any(1) & free.any(1)
         drop, add = (torch.where(mask, order, -1.0).argmax(1) for mask in (kept, free))
         rows = both.nonzero()[:, 0]
-        support[rows, drop[rows]] = False
-        support[rows, add[rows]] = True
+        kept_tiles[rows, drop[rows]] = False
+        kept_tiles[rows, add[rows]] = True
+    support = kept_tiles.repeat_interleave(height, 0).repeat_interleave(width, 1)
     smallest = weight.abs().max() * 1e-6
     return torch.where(support, torch.where(weight == 0, smallest, weight), 0.0)
 
@@ -94,35 +112,31 @@ def search(problem: Problem, seconds: float, seed: int) -> Search:
     constraint = constraint_of(problem.set, problem.weight.shape)
     weight, hessian = (torch.from_numpy(x.copy()) for x in (problem.weight, problem.hessian))
     layer = LayerReconstruction(weight, hessian, constraint, ridge=0.0)
-    swaps = problem.set["kind"] in ("row", "unstructured", "N:M")
-    group = int(problem.set.get("of", weight.shape[1]))
+    tile = tile_of(problem.set, problem.weight.shape)
+    swaps: Solver = _SWAPS if tile == (1, 1) else _TILE_SWAPS
+    group = int(problem.set.get("of", weight.shape[1] // tile[1]))
     best = Search(torch.zeros_like(weight), float(_losses(torch.zeros_like(weight), layer).sum()))
 
     def offer(candidate: Tensor) -> None:
-        """Row by row where any points of the set may be mixed, or these two, with the same counts in every row."""
-        losses, others = _losses(best.weight, layer), _losses(candidate, layer)
+        """Strip by strip where any points of the set may be mixed, or these two, with the same counts in every row."""
+        losses, others = (_losses(x, layer).view(-1, tile[0]).sum(1) for x in (best.weight, candidate))
         counts = [(x != 0).sum(1) for x in (best.weight, candidate)]
-        if problem.set["kind"] in ("row", "N:M") or (swaps and torch.equal(*counts)):
-            candidate = torch.where((others < losses)[:, None], candidate, best.weight)
+        if problem.set["kind"] in ("row", "N:M") or torch.equal(*counts):
+            better = (others < losses).repeat_interleave(tile[0])
+            candidate = torch.where(better[:, None], candidate, best.weight)
             others = torch.minimum(losses, others)
         if float(others.sum()) < best.value:
             best.weight, best.value = candidate, float(others.sum())
 
     ends = time.process_time() + seconds
     for kick in _turns():
-        if kick and swaps:
-            point = Point(weight=exchanged(best.weight, group, draw))
-            offer(_SWAPS.solve(layer, start=point).solution["weight"])
+        if kick:
+            start = Point(weight=exchanged(best.weight, tile, group, draw))
             best.kicks += 1
-        elif not kick:
-            solver = random_admm(draw)
-            found = solver.solve(layer).solution
-            offer(
-                (_SWAPS.solve(layer, start=found) if swaps else Refit(exact=True).solve(layer, start=found)).solution[
-                    "weight"
-                ]
-            )
+        else:
+            start = random_admm(draw).solve(layer).solution
             best.restarts += 1
+        offer(swaps.solve(layer, start=start).solution["weight"])
         if time.process_time() > ends:
             break
     final = Refit(exact=True).solve(layer, start=Point(weight=best.weight)).solution["weight"]

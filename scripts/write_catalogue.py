@@ -29,6 +29,7 @@ from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.base import Solver
 from admm_prune.solvers.group_obs import GroupMask, GroupOBS
+from admm_prune.solvers.group_search import GroupSearch
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.one_shot import Magnitude, Wanda
@@ -62,6 +63,7 @@ _SOLVERS: Mapping[str, Callable[[], Solver]] = {
     "SparseGPT": SparseGPT,
     "ADMM": ADMM,
     "LocalSearch": lambda: LocalSearch(ADMM()),
+    "GroupSearch": GroupSearch,
     "Refit": lambda: Refit(Magnitude()),
     "GroupOBS": GroupOBS,
     "GroupMask": GroupMask,

@@ -115,7 +115,7 @@ LOCAL_METHODS: Mapping[str, Method] = {
         Method("admm-fast", "half of admm's work, a little more error", ADMM.fast, stacks=True, stacks_targets=True),
         Method(
             "admm-best",
-            "a longer ADMM, then swaps of single weights: several times admm's work, a little less error",
+            "a longer ADMM, then swaps of weights, tiles or columns: several times admm's work, less error",
             lambda: LocalSearch(ADMM.best()),
             stacks=True,
         ),

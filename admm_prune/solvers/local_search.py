@@ -1,4 +1,5 @@
-"""Local search: one kept weight for one pruned weight of the same row, for all rows at once."""
+"""Local search: one kept weight for one pruned weight of the same row, for all rows at once; of tiles, one tile for
+another."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch.nn.functional import embedding_bag
 from admm_prune.errors import NonFiniteError, check_at_least
 from admm_prune.ops import precision
 from admm_prune.point import Point
-from admm_prune.problem import Quadratic, SupportConstraint, checked_constraint, require
+from admm_prune.problem import Quadratic, StripConstraint, SupportConstraint, checked_constraint, require
 from admm_prune.result import Result, Status
 from admm_prune.solvers.base import (
     Run,
@@ -23,6 +24,7 @@ from admm_prune.solvers.base import (
     offer_start,
     projection_in_its_metric,
 )
+from admm_prune.solvers.group_search import GroupSearch
 
 _ROWS = 1024  # rows searched together
 _TABLE = 1 << 22  # entries of a table of gains
@@ -41,7 +43,9 @@ class LocalSearch:
     result if f decreased; otherwise it reverts them and halves the number of swaps. A row stops when no swap has an
     estimated gain, or after `patience` consecutive single swaps without the estimated gain.
 
-    The swaps stay within a row, and within a group where the set has groups, so that all budgets remain satisfied.
+    The swaps stay within a row, and within a group where the set has groups, so that all budgets remain satisfied. In
+    sets of tiles or column groups whole ones are exchanged, by `GroupSearch`, whose settings are its defaults but for
+    `inner`.
 
     Args:
         inner: finds the start; None to begin from `start`, or from the projection in the metric diag(A).
@@ -61,7 +65,7 @@ class LocalSearch:
     Raises (solve):
         NonFiniteError: the value at the start is not finite.
         TypeError: the problem is not Quadratic, its constraint is no SupportConstraint, or swaps within a row, or a
-            group of it, violate its constraint, as with Blocks.
+            group of it, violate its constraint, and it is not made of tiles.
 
     Sources: the exact gain, from (A_SS)^-1 of each row, is in `solvers.reference.rows`; its estimate from one resolvent
     is ours, and tested against least squares.
@@ -80,6 +84,8 @@ class LocalSearch:
     @precision.full()
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "its gains are those of a quadratic")
+        if _has_tiles(problem):
+            return GroupSearch(self.inner).solve(problem, start=start)
         began = time.perf_counter()
         start = checked_start(problem, start)
         notes: tuple[str, ...] = tuple(getattr(problem, "notes", ()))
@@ -173,6 +179,13 @@ class LocalSearch:
         again = Rows.at(all_rows.v, target, all_rows.support, gains.hessian)
         again.put(slice(None), again.refitted(gains.hessian, self.refits, done), target)
         return again.v
+
+
+def _has_tiles(problem: Quadratic) -> bool:
+    """Whether the supports are made of tiles of more than one entry."""
+    constraint, (rows, columns) = problem.constraint, problem.minimizer.shape
+    strips = constraint.strips((rows, columns)) if isinstance(constraint, StripConstraint) else None
+    return any(one.height > 1 or one.width > 1 for one in strips or ())
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from admm_prune.ops import selection
 from admm_prune.point import Point
-from admm_prune.problem import BatchedConstraint, Constraint, RunConstraint, SupportConstraint
+from admm_prune.problem import BatchedConstraint, Constraint, RunConstraint, StripConstraint, SupportConstraint
 from admm_prune.testing.drawing import for_all, st
 from admm_prune.testing.results import Case, named, same_bits, same_form, shares_memory
 from admm_prune.testing.supports import ALL, Family, Frame, column_cuts, families, grown
@@ -46,8 +46,9 @@ def assert_constraint_conforms(
     that are tiny, infinite or NaN; `select` returns a support of the largest sum of squared scores and of the full
     size, also where scores are zero, the same in every dtype; of supports of equal sums it returns the one of the
     lowest indices, that is the first in lexicographic order (row-major, names in the order of the point);
-    `select_each`, where there is one, returns what `select` returns for each matrix, and `runs` states the
-    rule of `select` (both are inherited by a class that derives from another set); the shares of a partition of the
+    `select_each`, where there is one, returns what `select` returns for each matrix, `runs` states the
+    rule of `select` (both are inherited by a class that derives from another set), and members may exchange the tiles
+    of the `strips`; the shares of a partition of the
     columns together select a member of full size, in proportion to their columns up to one group of a row, and
     optimal in each share;
     `scaled_to` returns sets of the same class and group width that go from everything at 0 to the set itself at 1, each
@@ -81,6 +82,7 @@ def assert_constraint_conforms(
         if list(frame.shapes) == ["weight"] and len(frame.shapes["weight"]) == 2:
             _check_select_each(case, constraint, frame)
             _check_runs(case, constraint, frame)
+            _check_strips(case, constraint, frame)
             _check_column_slices(case, constraint, frame)
     else:
         lacks = [name for name in ("group_width", "column_slice", "scaled_to") if not hasattr(constraint, name)]
@@ -334,6 +336,32 @@ def _check_runs(case: Case, constraint: SupportConstraint, frame: Frame) -> None
             "select the largest scores of each of its runs, or have `runs` return None",
             f"{keep} of every {length} entries",
         )
+
+
+def _check_strips(case: Case, constraint: SupportConstraint, frame: Frame) -> None:
+    if not isinstance(constraint, StripConstraint):
+        return
+    rows, width = frame.shapes["weight"]
+    with case.guard("say of which tiles its supports are made"):
+        strips = constraint.strips((rows, width))
+    if strips is None:
+        return
+    divided = all(one.rows % one.height == 0 and width % one.width == 0 for one in strips)
+    case.require(
+        divided and sum(one.rows for one in strips) == rows, "have strips that make up the matrix", f"{strips}"
+    )
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(3):
+        mask = constraint.select(frame.point(_random(frame, seed).abs()))["weight"].cpu()
+        moved = []
+        for part, one in zip(mask.split([one.rows for one in strips]), strips, strict=True):
+            tiles = part.view(-1, one.height, width // one.width, one.width).transpose(1, 2).flatten(2).flatten(0, 1)
+            case.require(torch.equal(tiles.all(1), tiles.any(1)), "select whole tiles of its strips", f"{one}")
+            order = torch.randperm(len(tiles), generator=generator)
+            grid = tiles[order].view(-1, width // one.width, one.height, one.width).transpose(1, 2)
+            moved.append(grid.reshape(one.rows, width))
+        point = frame.point(torch.cat(moved).flatten().double())
+        case.require(constraint.contains(point), "contain its members with the tiles of a strip exchanged", f"{strips}")
 
 
 def _check_scaled_to(case: Case, constraint: SupportConstraint, frame: Frame) -> None:

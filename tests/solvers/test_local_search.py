@@ -181,9 +181,12 @@ def test_odd_shapes(rows, width) -> None:
 
 
 def test_refusals_name_both_sides() -> None:
-    for tiles in (Blocks(0.5, 2, 4), Blocks(0.5, 2, 1), StackedRows(((3, NofM(2, 4)), (3, NofM(3, 8))))):
-        with pytest.raises(TypeError, match=f"LocalSearch needs a set.*{type(tiles).__name__} of LayerRecon"):
-            LocalSearch(Wanda()).solve(layer(tiles))
+    for mixed in (
+        StackedRows(((3, NofM(2, 4)), (3, NofM(3, 8)))),
+        StackedRows(((2, Blocks(0.5, 2, 1)), (4, RowWise(0.5)))),
+    ):
+        with pytest.raises(TypeError, match=r"LocalSearch needs a set.*StackedRows of LayerRecon"):
+            LocalSearch(Wanda()).solve(layer(mixed))
 
     with pytest.raises(TypeError, match=r"LocalSearch needs a Quadratic problem.*Bare"):
         LocalSearch().solve(Bare())

@@ -431,7 +431,9 @@ def test_a_start_outside_the_set_is_projected_before_it_is_refitted() -> None:
     assert result.objective == Refit(Magnitude()).solve(problem).objective
 
 
-@pytest.mark.parametrize("solver", [GroupMask(), GroupOBS(), BruteForceGroups(), Magnitude(), Wanda(), ADMM()], ids=str)
+@pytest.mark.parametrize(
+    "solver", [GroupMask(), GroupOBS(), LocalSearch(), BruteForceGroups(), Magnitude(), Wanda(), ADMM()], ids=str
+)
 def test_a_result_with_nothing_to_prune_has_memory_of_its_own(solver) -> None:
     problem = layer(Groups(0.0))
     before = problem.weight.clone()

@@ -13,7 +13,7 @@ import torch
 from hypothesis import Phase, settings
 
 from admm_prune.point import Point
-from admm_prune.problem import Quadratic
+from admm_prune.problem import Quadratic, Strips
 from admm_prune.problems.constraints import Blocks, NofM, RowWise, SparseSet, Unstructured
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.result import Progress, Result, Status
@@ -487,6 +487,16 @@ class InheritsItsRuns(Unstructured):
         return RowWise(self.sparsity).column_slice(start, stop, shape)
 
 
+class ClaimsColumns(RowWise):
+    def strips(self, shape) -> tuple[Strips]:
+        return (Strips(shape[0], shape[0], 1),)
+
+
+class ClaimsOneBudget(RowWise):
+    def strips(self, shape) -> tuple[Strips]:
+        return (Strips(shape[0], 1, 1),)
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
@@ -503,6 +513,8 @@ class InheritsItsRuns(Unstructured):
             InheritsItsRuns(0.5),
             "select the largest scores of each of its runs, or have `runs` return None; 6 of every 12",
         ),
+        (ClaimsColumns(0.5), "select whole tiles of its strips"),
+        (ClaimsOneBudget(0.5), "contain its members with the tiles of a strip exchanged"),
     ],
     ids=lambda x: type(x).__name__,
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from admm_prune.ops import selection
 from admm_prune.point import Point
+from admm_prune.problem import Strips
 from admm_prune.problems.constraints.base import FractionalSet, rows_and_width, slice_budget
 
 _NARROW = 1e-140  # relative to the largest score: above it, squares lie in the range of float64
@@ -41,6 +42,9 @@ class Blocks(FractionalSet):
     @property
     def group_width(self) -> int:
         return self.width
+
+    def strips(self, shape: tuple[int, int]) -> tuple[Strips]:
+        return (Strips(shape[0], self.height, self.width),)
 
     def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> Blocks:
         total = self._keep(shape[0] * shape[1])
@@ -125,6 +129,9 @@ class Groups(FractionalSet):
 
     def select(self, score: Point) -> Point:
         return score.map(lambda s: self._tiles(s).select(Point(x=s))["x"])
+
+    def strips(self, shape: tuple[int, int]) -> tuple[Strips]:
+        return (Strips(shape[0], shape[0], self.width),)
 
     def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> Groups:
         return Groups(self.sparsity, self.width, slice_budget(self.budget(shape[1]), start, stop, shape[1]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from admm_prune.point import Point
+from admm_prune.problem import StripConstraint, Strips
 from admm_prune.problems.constraints.base import SparseSet, rows_and_width
 
 
@@ -92,6 +93,16 @@ class StackedRows(SparseSet):
         """Those of every part, where they are the same."""
         first, *others = {part.runs((rows, shape[1])) for rows, part in self.parts}
         return None if others else first
+
+    def strips(self, shape: tuple[int, int]) -> tuple[Strips, ...] | None:
+        """Those of all parts, where each has some."""
+        strips: list[Strips] = []
+        for rows, part in self.parts:
+            those = part.strips((rows, shape[1])) if isinstance(part, StripConstraint) else None
+            if those is None:
+                return None
+            strips += those
+        return tuple(strips)
 
     @property
     def group_width(self) -> int:
