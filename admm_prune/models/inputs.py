@@ -162,7 +162,10 @@ class Collector:
         weights = self._weights
         for number in range(len(weights)):
             if number not in self._leaders:
-                raise UserError(f"{self._name(number)} is never used on the calibration text: it cannot be pruned")
+                raise UserError(
+                    f"{self._name(number)} is never used on the calibration text: it cannot be pruned, and stays dense "
+                    "with --ignore"
+                )
         shared = []
         for leader in dict.fromkeys(self._leaders.values()):
             members = tuple(weights[number] for number, first in self._leaders.items() if first == leader)

@@ -204,17 +204,26 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Generato
 
 
 def notes_on(model: nn.Module) -> tuple[str, ...]:
-    """Notes on weights in the blocks of hybrid models that no method prunes."""
-    convolutions, steps = [], []
+    """Notes on weights in the blocks of hybrid models that no method prunes, or that several blocks share."""
+    convolutions, steps, shared = [], [], []
+    owned: set[int] = set()
     for block in decoder_blocks(model):
         pruned = {id(view.parameter) for view in block.weights}
+        shared += [view.name for view in _views(block.module, block.name) if id(view.parameter) in owned]
+        owned |= pruned
         for name, parameter in block.module.named_parameters():
             if parameter.ndim > 2 and _is_depthwise(block.module, name):
                 convolutions.append(f"{block.name}.{name}")
             elif name.endswith("dt_proj.weight") and id(parameter) not in pruned:
                 steps.append(f"{block.name}.{name}")
     kinds = {"depthwise convolutions": convolutions, "projections of time steps": steps}
-    return tuple(f"{len(names)} {kind} stay dense, such as {names[0]}" for kind, names in kinds.items() if names)
+    notes = [f"{len(names)} {kind} stay dense, such as {names[0]}" for kind, names in kinds.items() if names]
+    if shared:
+        notes.append(
+            f"{len(shared)} matrices, such as {shared[0]}, are those of an earlier block: they are pruned there, on "
+            "the inputs of that block alone"
+        )
+    return tuple(notes)
 
 
 def _is_depthwise(block: nn.Module, name: str) -> bool:

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from admm_prune.errors import UserError
-from admm_prune.models.structure import WeightView, decoder_blocks
+from admm_prune.models.structure import WeightView, decoder_blocks, notes_on
 from admm_prune.prunable import linear_weights
 from tests.models.tiny_models import build, is_mixture
 
@@ -117,6 +117,14 @@ def test_weights_tied_to_the_outside_are_left_alone() -> None:
     first, second = decoder_blocks(model)
     assert [view.name for view in first.weights] == ["layers.0.a.weight"]
     assert [view.name for view in second.weights] == ["layers.1.a.weight", "layers.1.b.weight"]
+
+
+def test_weights_that_blocks_share_are_those_of_the_first_and_noted() -> None:
+    model = build("llama", layers=3)
+    model.model.layers[2].mlp = model.model.layers[0].mlp
+    assert [len(block.weights) for block in decoder_blocks(model)] == [7, 7, 4]
+    (note,) = notes_on(model)
+    assert note.startswith("3 matrices, such as model.layers.2.mlp.gate_proj.weight, are those of an earlier block")
 
 
 def test_the_list_with_the_most_parameters_holds_the_blocks() -> None:
