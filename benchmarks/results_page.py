@@ -3,12 +3,13 @@
 python -m benchmarks.results_page
 
 It reads every `benchmarks/results/real-model*/runs.csv` and `benchmarks/references/perplexity.csv`, and beside rows of
-the same model and protocol those of `benchmarks/results/joint*/runs.csv`: run it again when a row was added. The table
-of README is of the same rows. `make catalogue` does so, and a test compares both with the rows.
+the same model and protocol those of `runs.csv` in `benchmarks/results/joint*` and `allocation*`: run it again when a
+row was added. The table of README is of the same rows. `make catalogue` does so, and a test compares both with them.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ README = ROOT / "README.md"
 ARCHIVE = "benchmarks/results"
 SUMMARIZED = "real-model-2026-11-28"  # in README
 TABLE_HEAD = "| method | 50 % | 60 % | 70 % | 2:4 |\n| --- | --- | --- | --- | --- |\n"
+_SAME_TEXT = 1e-3  # difference of dense perplexities between machines, relative
 _TABLE = re.compile(re.escape(TABLE_HEAD) + r"(?:\|.*\n)*")
 SOURCES = {
     "D2Prune": "[arXiv 2601.09176](https://arxiv.org/abs/2601.09176) and its "
@@ -108,13 +110,16 @@ def _short(row: Row | None) -> str:
 
 
 def _steps(results: Path) -> list[Record]:
-    """The rows of `benchmarks.joint` with other options than a method's own."""
-    return [
-        record
-        for archive in sorted(results.glob("joint*/runs.csv"))
+    """The rows of `benchmarks.joint` with other options than a method's own; of those that were measured again, the
+    last ones."""
+    rows = {
+        tuple(record[name] for name in joint.KEY): record
+        for kind in ("joint*", "allocation*")
+        for archive in sorted(results.glob(f"{kind}/runs.csv"))
         for record in Journal(archive, joint.COLUMNS, joint.KEY).records
         if record["steps"] != joint.NO_STEPS
-    ]
+    }
+    return [*rows.values()]
 
 
 def _measured(folder: Path, steps: Sequence[Record]) -> str:
@@ -151,14 +156,17 @@ def _order(rows: Sequence[Row]) -> list[str]:
 
 
 def _with_steps(records: Sequence[Record], steps: Sequence[Record]) -> list[Record]:
-    """Rows of `benchmarks.joint` as records of the archive, where it has a row of sparsegpt at the same place."""
+    """Rows of `benchmarks.joint` as records of the archive, where it has a row of sparsegpt at the same place, and the
+    dense model the same perplexity: `benchmarks.joint` has other text to evaluate for every draw."""
     same = ("model", "target", "seed", "settings")
     places = {tuple(record[name] for name in same): record for record in records if record["method"] == "sparsegpt"}
+    dense = {record["settings"]: float(record["perplexity"]) for record in records if record["method"] == "dense"}
     figures = ("perplexity", "blimp", "blimp_error")
     return [
         {**places[place], **{name: row[name] for name in figures}, "method": f"{row['method']} {row['steps']}"}
         for row in steps
         if (place := tuple(row[name] for name in same)) in places
+        and math.isclose(float(row["dense"]), dense.get(row["settings"], math.nan), rel_tol=_SAME_TEXT)
     ]
 
 

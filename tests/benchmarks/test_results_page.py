@@ -46,12 +46,17 @@ def test_rows_with_other_options_stand_beside_those_of_the_same_protocol(tmp_pat
     settings = "64 sequences of 1024 tokens, 24 to evaluate, float32"
     (tmp_path / "joint").mkdir()
     journal = Journal(tmp_path / "joint" / "runs.csv", joint.COLUMNS, joint.KEY)
-    for protocol, steps in ((settings, "--refit block"), ("another", "--refit block"), (settings, joint.NO_STEPS)):
+    cases = (
+        (settings, "--refit block", 20.65748), ("another", "--refit block", 20.65748),
+        (settings, joint.NO_STEPS, 20.65748), (settings, "--allocation fisher", 21.95675),  # on other text
+    )  # fmt: skip
+    for protocol, steps, dense in cases:
         key = {"model": "smollm2", "target": "0.5", "method": "admm", "steps": steps, "seed": "0", "settings": protocol}
-        journal.add(key, [dict.fromkeys(joint.COLUMNS) | {"perplexity": 15.49788, "blimp": 0.5, "blimp_error": 0.01}])
+        figures = {"perplexity": 15.49788, "dense": dense, "blimp": 0.5, "blimp_error": 0.01}
+        journal.add(key, [dict.fromkeys(joint.COLUMNS) | figures])
     page = results_page.page(tmp_path)
     assert "sparsellm has 0.703 on BLiMP and admm --refit block 0.500, with perplexities of 24.3 and 15.5" in page
-    (line,) = [line for line in page.splitlines() if line.startswith("| `admm --refit")]
+    (line,) = [line for line in page.splitlines() if line.startswith("| `admm --")]
     assert line == "| `admm --refit block` | 15.50 (0.50), BLiMP 50.0 ± 1.0 % |  |  |  |"
 
 
