@@ -17,13 +17,14 @@ import numpy as np
 
 from benchmarks.journal import Journal, number
 from benchmarks.real_model import markdown_lines
-from collection import build, checker, long_search, profiles, record
+from collection import build, checker, long_search, profiles, record, solve
 
 PAGE = build.FOLDER.parent / "docs/reference/collection.md"
 TOLERANCE = 0.05
 Entry = Mapping[str, Any]  # of the manifest
 _DIGITS = 5
 _CLOSE = (1e-3, 0.01, 0.05, 0.1)
+_COMPARED = ("sparsegpt", "alps", "admm-fast", "admm", "swaps", "admm-best")  # by kind of set
 _RATIOS = (1.0, 2.0, 10.0, 100.0)
 
 HEAD = """# The layer collection
@@ -47,7 +48,7 @@ origin, protocol, formats, and how to submit a record.
 def page() -> str:
     """The whole page."""
     rows = record.records()
-    parts = [HEAD, _overview(rows), _by_set(rows), _long(), _profiles(), _stacks(rows), _layers(rows)]
+    parts = [HEAD, _overview(rows), _by_set(rows), _long(), _profiles(), _by_kind(), _stacks(rows), _layers(rows)]
     return "\n".join(filter(None, parts))
 
 
@@ -201,6 +202,35 @@ best known value, at a cost of at most so many times that of the cheapest solver
 
 def _median_percent(found: list[float]) -> str:
     return _percent(statistics.median(found))
+
+
+def _by_kind() -> str:
+    """Values relative to those of `admm`, by kind of set."""
+    values: dict[str, dict[str, dict[str, float]]] = {}
+    for run in Journal(solve.RUNS, solve.COLUMNS, solve.KEY).records:
+        problem, value = run["id"], number(run["value"])
+        if value is not None and run["solver"] in _COMPARED and not _is_stack(_entry(problem, build.manifest())):
+            values.setdefault(_kind(problem), {}).setdefault(problem, {})[run["solver"]] = value
+    lines = [["kind of set", "problems", *(f"`{solver}`" for solver in _COMPARED)]]
+    lines.append(["---"] * len(lines[0]))
+    for kind, problems in values.items():
+        complete = [of for of in problems.values() if len(of) == len(_COMPARED) and of["admm"] > 0]
+        if complete:
+            means = (statistics.geometric_mean([of[solver] / of["admm"] for of in complete]) for solver in _COMPARED)
+            lines.append([kind, str(len(complete)), *(f"{mean:.3f}" for mean in means)])
+    if len(lines) == 2:
+        return ""
+    return f"""Geometric means of the values relative to those of `admm`, over the layer problems that all of these
+solvers solved. `swaps` starts at the largest |w| ||x||; `admm-best` is a longer ADMM and then the same swaps.
+
+{markdown_lines(lines)}"""
+
+
+def _kind(problem: str) -> str:
+    given = _entry(problem, build.manifest())["sets"][problem.partition("/")[2]]
+    if given["kind"] == "block":
+        return f"tiles of {given['height']} x {given['width']}"
+    return {"row": "row-wise", "group": "columns"}.get(given["kind"], str(given["kind"]))
 
 
 def _stacks(rows: dict[str, record.Row]) -> str:

@@ -35,7 +35,8 @@ class GroupSearch:
 
     Each round every strip makes the swap with the largest gain, and all of these matrices are updated by two sweeps of
     the pivots a and b, O(in^2) operations each. Between strips, which have one budget, a group is dropped in one and
-    added in another where that lowers f. Everything is in float64.
+    added in another where that lowers f. Everything is in float64: 8 in^2 bytes for each strip, of which at least one
+    is held, and a factorization of A_SS for each at the start and after a transfer.
 
     Args:
         inner: finds the start; None to begin from `start`, or from the projection in the metric diag(A).
