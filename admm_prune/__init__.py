@@ -17,12 +17,12 @@ __all__ = [
     "AttentionTokens",
     "Blocks",
     "Callback",
+    "ExchangeSearch",
     "FeedForward",
     "GatedFeedForward",
     "GramAccumulator",
     "GroupOBS",
     "GroupReconstruction",
-    "GroupSearch",
     "Groups",
     "LayerReconstruction",
     "LayerStatistics",
@@ -78,7 +78,7 @@ _MODULES = {
     "solvers.admm": ("ADMM",),
     "solvers.alternating": ("Alternating",),
     "solvers.group_obs": ("GroupOBS",),
-    "solvers.group_search": ("GroupSearch",),
+    "solvers.exchange_search": ("ExchangeSearch",),
     "solvers.local_search": ("LocalSearch",),
     "solvers.obs": ("SparseGPT",),
     "solvers.one_shot": ("Magnitude", "Wanda"),
@@ -109,8 +109,8 @@ if TYPE_CHECKING:
     from admm_prune.runs.results import Report, load_report
     from admm_prune.solvers.admm import ADMM
     from admm_prune.solvers.alternating import Alternating
+    from admm_prune.solvers.exchange_search import ExchangeSearch
     from admm_prune.solvers.group_obs import GroupOBS
-    from admm_prune.solvers.group_search import GroupSearch
     from admm_prune.solvers.local_search import LocalSearch
     from admm_prune.solvers.obs import SparseGPT
     from admm_prune.solvers.one_shot import Magnitude, Wanda

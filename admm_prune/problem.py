@@ -73,24 +73,27 @@ class RunConstraint(SupportConstraint, Protocol):
 
 @dataclass(frozen=True)
 class Strips:
-    """Consecutive rows of a matrix whose supports are made of tiles.
+    """Consecutive rows of a matrix whose supports are made of tiles: all that keep a limited number of them.
 
     Attributes:
-        rows: the number of rows. The number of tiles that they keep together is limited.
-        height: rows of a tile; divides `rows`.
+        rows: the number of rows: strips of `height` rows each.
+        height: rows of a tile.
         width: columns of a tile.
+        span: the number is limited in every `span` consecutive columns of each strip; None if it is in all strips
+            together.
     """
 
     rows: int
     height: int
     width: int
+    span: int | None = None
 
 
 @runtime_checkable
 class StripConstraint(SupportConstraint, Protocol):
     def strips(self, shape: tuple[int, int]) -> Sequence[Strips] | None:
-        """The strips of a matrix of this shape, from the top, if its supports are any that keep a limited number of
-        tiles in each; otherwise None."""
+        """The strips of a matrix of this shape, from the top, if its supports are those that `Strips` describes;
+        otherwise None."""
         ...
 
 

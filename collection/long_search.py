@@ -4,7 +4,8 @@
 
 By turns ADMM with penalties drawn at random, improved by swaps, and the best point with some entries of each row
 exchanged at random, from which swaps go on; of each row the better result is kept where that leaves all budgets as they
-are. Where supports are made of tiles, this holds for tiles and strips of tiles. Solutions are offered to the records,
+are. Where supports are made of tiles, this holds for tiles and strips of tiles. Exact exchanges between rows, if they
+share a budget, and at the end within them complete it. Solutions are offered to the records,
 and the values before and after are rows of `long_search.csv`. The time is CPU time of each problem. Without a pattern
 the problems are six of several models and sets.
 """
@@ -16,7 +17,7 @@ import datetime
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from admm_prune.point import Point
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
-from admm_prune.solvers.group_search import GroupSearch
+from admm_prune.solvers.exchange_search import ExchangeSearch
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.refit import Refit
 from admm_prune.solvers.schedules import LogSpaced
@@ -52,7 +53,8 @@ PROBLEMS = (
 _KICKS = 3  # for each restart
 _MOST_EXCHANGED = 6  # entries of a row, or tiles of a strip
 _SWAPS = LocalSearch(rounds=48, candidates=16, refits=8, patience=6)
-_TILE_SWAPS = GroupSearch(rounds=256, candidates=None, transfers=16)
+_EXACT = ExchangeSearch(rounds=256, candidates=None, transfers=16)
+_TRANSFERS = ExchangeSearch(rounds=256, transfers=16)
 
 
 @dataclass
@@ -113,7 +115,8 @@ def search(problem: Problem, seconds: float, seed: int) -> Search:
     weight, hessian = (torch.from_numpy(x.copy()) for x in (problem.weight, problem.hessian))
     layer = LayerReconstruction(weight, hessian, constraint, ridge=0.0)
     tile = tile_of(problem.set, problem.weight.shape)
-    swaps: Solver = _SWAPS if tile == (1, 1) else _TILE_SWAPS
+    swaps: Solver = _SWAPS if tile == (1, 1) else replace(_EXACT, transfers=0)
+    several = problem.set["kind"] in ("unstructured", "block")  # strips with one budget
     group = int(problem.set.get("of", weight.shape[1] // tile[1]))
     best = Search(torch.zeros_like(weight), float(_losses(torch.zeros_like(weight), layer).sum()))
 
@@ -137,10 +140,12 @@ def search(problem: Problem, seconds: float, seed: int) -> Search:
             start = random_admm(draw).solve(layer).solution
             best.restarts += 1
         offer(swaps.solve(layer, start=start).solution["weight"])
+        if several:
+            offer(_TRANSFERS.solve(layer, start=Point(weight=best.weight)).solution["weight"])
         if time.process_time() > ends:
             break
-    final = Refit(exact=True).solve(layer, start=Point(weight=best.weight)).solution["weight"]
-    offer(final)
+    final = _EXACT.solve(layer, start=Point(weight=best.weight))
+    offer(Refit(exact=True).solve(layer, start=final.solution).solution["weight"])
     return best
 
 

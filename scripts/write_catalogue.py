@@ -28,8 +28,8 @@ from admm_prune.problems.surrogate_free import SurrogateFree
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.alternating import Alternating
 from admm_prune.solvers.base import Solver
+from admm_prune.solvers.exchange_search import ExchangeSearch
 from admm_prune.solvers.group_obs import GroupMask, GroupOBS
-from admm_prune.solvers.group_search import GroupSearch
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.one_shot import Magnitude, Wanda
@@ -63,7 +63,7 @@ _SOLVERS: Mapping[str, Callable[[], Solver]] = {
     "SparseGPT": SparseGPT,
     "ADMM": ADMM,
     "LocalSearch": lambda: LocalSearch(ADMM()),
-    "GroupSearch": GroupSearch,
+    "ExchangeSearch": ExchangeSearch,
     "Refit": lambda: Refit(Magnitude()),
     "GroupOBS": GroupOBS,
     "GroupMask": GroupMask,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
+from admm_prune.solvers.exchange_search import ExchangeSearch
 from admm_prune.solvers.group_obs import GroupMask, GroupOBS
-from admm_prune.solvers.group_search import GroupSearch
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.one_shot import Magnitude, Wanda
@@ -58,5 +58,5 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
     "group obs": GroupOBS,
     "group obs, one-shot": lambda: GroupOBS(batch=0),
     "admm, swaps": lambda: LocalSearch(ADMM()),
-    "swaps of tiles": GroupSearch,
+    "exchanges": ExchangeSearch,
 }

@@ -78,18 +78,25 @@ class Swept:
         pruned = ~self.support[strips]
         return self._traces(self._blocks()[strips], pruned, strips).masked_fill_(~pruned, -torch.inf)
 
-    def best_swaps(self, strips: Tensor, candidates: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def best_swaps(
+        self, strips: Tensor, candidates: int | None = None, span: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The exchange of one kept group for one pruned group that lowers f of each strip most.
 
         Args:
             candidates: kept groups, the cheapest to drop, that are tried against every pruned one; by default all.
+            span: the two are among the same `span` consecutive groups; by default any of the strip.
 
         Returns:
             The gain, -inf where there is no exchange, the dropped and the added group; (strips,) each.
         """
         count = self.support.shape[1] if candidates is None else min(candidates, self.support.shape[1])
         loss, dropped = self.losses(strips).topk(count, 1, largest=False)
-        gain, added = self._gains_after(strips, dropped).max(2)
+        gains = self._gains_after(strips, dropped)
+        if span is not None:
+            cell = torch.arange(gains.shape[2], device=gains.device) // span
+            gains.masked_fill_(cell != cell[dropped][..., None], -torch.inf)
+        gain, added = gains.max(2)
         gain = (gain - loss).masked_fill_(loss.isinf(), -torch.inf)  # fewer groups are kept than candidates
         best, place = gain.max(1)
         at = torch.arange(len(best), device=best.device)

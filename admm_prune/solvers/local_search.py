@@ -24,7 +24,7 @@ from admm_prune.solvers.base import (
     offer_start,
     projection_in_its_metric,
 )
-from admm_prune.solvers.group_search import GroupSearch
+from admm_prune.solvers.exchange_search import ExchangeSearch
 
 _ROWS = 1024  # rows searched together
 _TABLE = 1 << 22  # entries of a table of gains
@@ -44,8 +44,7 @@ class LocalSearch:
     estimated gain, or after `patience` consecutive single swaps without the estimated gain.
 
     The swaps stay within a row, and within a group where the set has groups, so that all budgets remain satisfied. In
-    sets of tiles or column groups whole ones are exchanged, by `GroupSearch`, whose settings are its defaults but for
-    `inner`.
+    sets of larger tiles or column groups these are exchanged, by `ExchangeSearch(inner)`.
 
     Args:
         inner: finds the start; None to begin from `start`, or from the projection in the metric diag(A).
@@ -85,7 +84,7 @@ class LocalSearch:
     def solve(self, problem: Quadratic, *, start: Point | None = None) -> Result:
         require(self, problem, Quadratic, "its gains are those of a quadratic")
         if _has_tiles(problem):
-            return GroupSearch(self.inner).solve(problem, start=start)
+            return ExchangeSearch(self.inner).solve(problem, start=start)
         began = time.perf_counter()
         start = checked_start(problem, start)
         notes: tuple[str, ...] = tuple(getattr(problem, "notes", ()))

@@ -346,7 +346,9 @@ def _check_strips(case: Case, constraint: SupportConstraint, frame: Frame) -> No
         strips = constraint.strips((rows, width))
     if strips is None:
         return
-    divided = all(one.rows % one.height == 0 and width % one.width == 0 for one in strips)
+    divided = all(
+        one.rows % one.height == 0 and width % one.width == 0 and width % (one.span or width) == 0 for one in strips
+    )
     case.require(
         divided and sum(one.rows for one in strips) == rows, "have strips that make up the matrix", f"{strips}"
     )
@@ -357,7 +359,10 @@ def _check_strips(case: Case, constraint: SupportConstraint, frame: Frame) -> No
         for part, one in zip(mask.split([one.rows for one in strips]), strips, strict=True):
             tiles = part.view(-1, one.height, width // one.width, one.width).transpose(1, 2).flatten(2).flatten(0, 1)
             case.require(torch.equal(tiles.all(1), tiles.any(1)), "select whole tiles of its strips", f"{one}")
-            order = torch.randperm(len(tiles), generator=generator)
+            cells = len(tiles) if one.span is None else one.span // one.width
+            order = torch.cat(
+                [part[torch.randperm(len(part), generator=generator)] for part in torch.arange(len(tiles)).split(cells)]
+            )
             grid = tiles[order].view(-1, width // one.width, one.height, one.width).transpose(1, 2)
             moved.append(grid.reshape(one.rows, width))
         point = frame.point(torch.cat(moved).flatten().double())

@@ -12,6 +12,7 @@ from admm_prune import ADMM, LayerReconstruction, NofM, RowWise, SparseAdam, Uns
 from admm_prune.ops import backend, integer_energy, packed, quadratic
 from admm_prune.problems.constraints import SparseSet, StackedRows
 from admm_prune.solvers.base import Solver
+from admm_prune.solvers.exchange_search import ExchangeSearch
 from admm_prune.solvers.local_search import LocalSearch
 from admm_prune.solvers.obs import SparseGPT
 from admm_prune.solvers.one_shot import Wanda
@@ -31,6 +32,7 @@ SOLVERS: dict[str, Solver] = {
     "sparsegpt": SparseGPT(block=8),
     "exact refit": Refit(SparseGPT(block=8, mask_scope="layer"), exact=True),
     "local search": LocalSearch(ADMM(max_iterations=2)),
+    "exchange search": ExchangeSearch(ADMM(max_iterations=2)),
 }
 
 

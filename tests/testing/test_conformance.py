@@ -18,7 +18,7 @@ from tests.third_party import Box, HardThresholding, Huber, Logarithmic
 
 NO_GROUPS = [name for name, constraint in CONSTRAINTS.items() if not isinstance(constraint, Groups)]
 REFUSES = {
-    "swaps of tiles": [name for name in CONSTRAINTS if name not in ("tiles", "columns", "heads")],
+    "exchanges": ["product"],
     **{name: NO_GROUPS for name in SOLVERS if name.startswith("group")},
 }
 

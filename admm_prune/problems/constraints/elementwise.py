@@ -11,6 +11,7 @@ from torch import Tensor
 
 from admm_prune.ops import selection
 from admm_prune.point import Point
+from admm_prune.problem import Strips
 from admm_prune.problems.constraints.base import FractionalSet, SparseSet, rows_and_width, slice_budget
 from admm_prune.problems.constraints.product import StackedRows
 from admm_prune.prunable import kept_count
@@ -41,6 +42,9 @@ class Unstructured(FractionalSet):
     def runs(self, shape: tuple[int, int]) -> tuple[int, int]:
         entries = shape[0] * shape[1]
         return self._count(entries), entries
+
+    def strips(self, shape: tuple[int, int]) -> tuple[Strips]:
+        return (Strips(shape[0], 1, 1),)
 
     def select_each(self, score: Tensor) -> Tensor:
         return selection.largest_of_each(score, self._count(score[0].numel()))
@@ -73,6 +77,9 @@ class RowWise(FractionalSet):
     def runs(self, shape: tuple[int, int]) -> tuple[int, int] | None:
         keep, longer = self._budget(*shape)
         return None if longer else (keep, shape[1])
+
+    def strips(self, shape: tuple[int, int]) -> tuple[Strips]:
+        return (Strips(shape[0], 1, 1, span=shape[1]),)
 
     def select_each(self, score: Tensor) -> Tensor:
         keep, longer = self._budget(*score.shape[1:])
@@ -134,6 +141,9 @@ class NofM(SparseSet):
 
     def runs(self, shape: tuple[int, int]) -> tuple[int, int] | None:
         return None if shape[1] % self.m else (self.n, self.m)
+
+    def strips(self, shape: tuple[int, int]) -> tuple[Strips]:
+        return (Strips(shape[0], 1, 1, span=self.m),)
 
     def column_slice(self, start: int, stop: int, shape: tuple[int, int]) -> NofM:
         return self

@@ -1,4 +1,4 @@
-"""Local search for structured sets: one kept group of columns for one pruned group, in whole columns or in tiles."""
+"""Local search by exact exchanges: one kept weight, tile or column for a pruned one."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ _LEAST = 1e-9  # gain of a swap that is made, relative to f of its strip
 
 
 @dataclass(frozen=True)
-class GroupSearch:
-    """Lowers f monotonically by exchanging groups of columns in the supports of `Groups` and `Blocks`.
+class ExchangeSearch:
+    """Lowers f monotonically by exchanging kept tiles for pruned ones, by the exact change of f.
 
-    All rows of a strip (a row of tiles, or the whole matrix) have the same support S. With V its least-squares weights,
-    R = (W - V) A, M = (A_SS)^-1 and C = A - A_:S M A_S:, exchanging the group a in S for b outside lowers f by exactly
+    A tile is a single weight or, in `Blocks` and `Groups`, several rows of a group of columns. All rows of a strip (a
+    row of tiles) have the same support S. With V its least-squares weights, R = (W - V) A, M = (A_SS)^-1 and C = A -
+    A_:S M A_S:, exchanging the group a in S for b outside lowers f by exactly
 
         tr(R'_b (C'_bb)^-1 R'_b^T) - tr(V_a (M_aa)^-1 V_a^T),
         P = (M_aa)^-1 M_aS A_Sb,    R'_b = R_b + V_a P,    C'_bb = C_bb + (M_aS A_Sb)^T P.
 
     Each round every strip makes the swap with the largest gain, and all of these matrices are updated by two sweeps of
-    the pivots a and b, O(in^2) operations each. Between strips, which have one budget, a group is dropped in one and
-    added in another where that lowers f. Everything is in float64: 8 in^2 bytes for each strip, of which at least one
-    is held, and a factorization of A_SS for each at the start and after a transfer.
+    the pivots a and b, O(in^2) operations each. Where several strips have one budget, a group is dropped in one and
+    added in another if that lowers f. Everything is in float64: 8 in^2 bytes for each strip, of which at least one is
+    held, and a factorization of A_SS for each at the start and after a transfer. `LocalSearch`, whose gains are
+    estimates, is for large layers of many rows.
 
     Args:
         inner: finds the start; None to begin from `start`, or from the projection in the metric diag(A).
@@ -53,7 +55,7 @@ class GroupSearch:
 
     Raises (solve):
         NonFiniteError: the value at the start is not finite.
-        TypeError: the problem is not Quadratic, or its constraint is not made of `Groups` and `Blocks`.
+        TypeError: the problem is not Quadratic, or its constraint has no strips.
         torch.linalg.LinAlgError: A_SS is singular in float64.
 
     Sources: the sweep operator is from Beaton, The Use of Special Matrix Operators in Statistical Calculus, 1964; the
@@ -78,8 +80,8 @@ class GroupSearch:
         parts = constraint.strips((problem.minimizer.shape[0], problem.minimizer.shape[1]))
         if parts is None:
             raise TypeError(
-                f"GroupSearch needs a set of tiles or of column groups, not {type(constraint).__name__} of "
-                f"{type(problem).__name__}"
+                f"ExchangeSearch needs a set made of tiles; {type(constraint).__name__} of {type(problem).__name__} "
+                "is not"
             )
         start = checked_start(problem, start)
         notes: tuple[str, ...] = tuple(getattr(problem, "notes", ()))
@@ -112,7 +114,7 @@ class GroupSearch:
             iterations=counts.rounds,
             best_iteration=run.best_iteration,
             seconds=time.perf_counter() - began,
-            notes=(*notes, f"group search: {made if run.best_iteration else 'nothing improved the start'}"),
+            notes=(*notes, f"exchange search: {made if run.best_iteration else 'nothing improved the start'}"),
             start_objective=start_objective,
         )
 
@@ -126,10 +128,10 @@ class GroupSearch:
         for step in range(self.transfers + 1):
             for some in changed.split(max(1, _ENTRIES // hessian.numel())):
                 swept = Swept.at(hessian, targets[some], tiles[some], strips.width)
-                tiles[some], v[some] = self._swapped(swept, counts)
-                losses, gains = swept.losses(), swept.gains()
-                drops.put(some, losses.min(1))
-                adds.put(some, gains.max(1))
+                tiles[some], v[some] = self._swapped(swept, strips, counts)
+                if strips.span is None:
+                    drops.put(some, swept.losses().min(1))
+                    adds.put(some, swept.gains().max(1))
             moves = list(_transfers(drops.values, adds.values))
             if not moves:
                 break
@@ -143,22 +145,23 @@ class GroupSearch:
             changed = torch.cat([donors, receivers])
         return v.flatten(0, 1)
 
-    def _swapped(self, swept: Swept, counts: _Counts) -> tuple[Tensor, Tensor]:
+    def _swapped(self, swept: Swept, strips: Strips, counts: _Counts) -> tuple[Tensor, Tensor]:
         """Makes the best swap of each strip in every round; returns the supports and the weights."""
         least = _LEAST * swept.values()
-        strips = torch.arange(len(least), device=least.device)
+        span = None if strips.span is None else strips.span // strips.width
+        active = torch.arange(len(least), device=least.device)
         for step in range(self.rounds + 1):
-            gain, drop, add = swept.best_swaps(strips, self.candidates)
-            better = gain > least[strips]
-            strips = strips[better]
-            if not len(strips):
+            gain, drop, add = swept.best_swaps(active, self.candidates, span)
+            better = gain > least[active]
+            active = active[better]
+            if not len(active):
                 break
             if step == self.rounds:
                 counts.unfinished = True
                 break
-            swept.sweep(strips, drop[better])
-            swept.sweep(strips, add[better])
-            counts.swaps += len(strips)
+            swept.sweep(active, drop[better])
+            swept.sweep(active, add[better])
+            counts.swaps += len(active)
             counts.rounds = max(counts.rounds, step + 1)
         return swept.support, swept.weights()
 
