@@ -102,7 +102,7 @@ class ExchangeSearch:
         v = torch.cat([self._search(hessian, *piece, counts) for piece in pieces])
         improved = Point(weight=(v / scale).to(problem.minimizer))
         overflowed = not improved.is_finite()
-        if not overflowed:
+        if not overflowed and problem.constraint.contains(improved):
             run.iteration = counts.rounds
             run.offer(improved, problem.value(improved))
         stopped = Status.MAX_ITERATIONS if counts.unfinished else Status.SOLVED

@@ -192,6 +192,20 @@ def test_refusals() -> None:
             ExchangeSearch(**wrong)
 
 
+class OneBudgetInName(RowWise):
+    def strips(self, shape) -> tuple[Strips]:
+        return (Strips(shape[0], 1, 1),)
+
+
+def test_a_set_that_is_not_as_its_strips_say_keeps_its_start() -> None:
+    problem = layer(OneBudgetInName(0.5), rows=24)
+    before = Wanda().solve(problem)
+    after = ExchangeSearch(Wanda()).solve(problem)
+    assert problem.constraint.contains(after.solution)
+    assert after.objective == before.objective
+    assert "nothing improved the start" in after.notes[-1]
+
+
 def test_stacked_parts_keep_their_own_budgets() -> None:
     constraint = StackedRows(((2, Blocks(0.75, 1, 4)), (4, Blocks(0.25, 1, 4))))
     problem = layer(constraint)
