@@ -4,10 +4,10 @@
 
 By turns ADMM with penalties drawn at random, improved by swaps, and the best point with some entries of each row
 exchanged at random, from which swaps go on; of each row the better result is kept where that leaves all budgets as they
-are. Where supports are made of tiles, this holds for tiles and strips of tiles. Exact exchanges between rows, if they
-share a budget, and at the end within them complete it. Solutions are offered to the records,
-and the values before and after are rows of `long_search.csv`. The time is CPU time of each problem. Without a pattern
-the problems are six of several models and sets.
+are. Where supports are made of tiles, this holds for tiles and strips of tiles. Rows that share a budget then exchange
+entries, and exact exchanges within rows end the search. Solutions are offered to the records, and the values before and
+after are rows of `long_search.csv`. The time is CPU time of each problem. Without a pattern the problems are six of
+several models and sets.
 """
 
 from __future__ import annotations

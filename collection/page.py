@@ -207,10 +207,11 @@ def _median_percent(found: list[float]) -> str:
 def _by_kind() -> str:
     """Values relative to those of `admm`, by kind of set."""
     values: dict[str, dict[str, dict[str, float]]] = {}
+    entries = build.manifest()
     for run in Journal(solve.RUNS, solve.COLUMNS, solve.KEY).records:
         problem, value = run["id"], number(run["value"])
-        if value is not None and run["solver"] in _COMPARED and not _is_stack(_entry(problem, build.manifest())):
-            values.setdefault(_kind(problem), {}).setdefault(problem, {})[run["solver"]] = value
+        if value is not None and run["solver"] in _COMPARED and not _is_stack(_entry(problem, entries)):
+            values.setdefault(_kind(problem, entries), {}).setdefault(problem, {})[run["solver"]] = value
     lines = [["kind of set", "problems", *(f"`{solver}`" for solver in _COMPARED)]]
     lines.append(["---"] * len(lines[0]))
     for kind, problems in values.items():
@@ -226,8 +227,8 @@ solvers solved. `swaps` starts at the largest |w| ||x||; `admm-best` is a longer
 {markdown_lines(lines)}"""
 
 
-def _kind(problem: str) -> str:
-    given = _entry(problem, build.manifest())["sets"][problem.partition("/")[2]]
+def _kind(problem: str, entries: Mapping[str, Entry]) -> str:
+    given = _entry(problem, entries)["sets"][problem.partition("/")[2]]
     if given["kind"] == "block":
         return f"tiles of {given['height']} x {given['width']}"
     return {"row": "row-wise", "group": "columns"}.get(given["kind"], str(given["kind"]))

@@ -1,5 +1,4 @@
-"""Local search: one kept weight for one pruned weight of the same row, for all rows at once; of tiles, one tile for
-another."""
+"""Local search: one kept weight for one pruned weight of the same row, for all rows at once."""
 
 from __future__ import annotations
 

@@ -50,6 +50,9 @@ class InPairs(Unstructured):
     def runs(self, shape):
         return None
 
+    def strips(self, shape):
+        return self.pairs(shape[0]).strips(shape)
+
     def stacked(self, x):
         return self.pairs(len(x["weight"]))
 
