@@ -137,6 +137,9 @@ def test_infinite_errors_are_listed_first_and_left_out_of_plots() -> None:
 def test_a_note_that_is_advised_already_is_not_repeated() -> None:
     layer = {"name": "a", "notes": ["slow", "other"], "diagnosis": [{"finding": "slow"}]}
     assert content.notes_of({"notes": ["of the run"], "layers": [layer]}) == [("of the run", 0), ("other", 1)]
+    swaps = [{"name": "a", "notes": [f"{count} swaps, 0.{count} products"], "diagnosis": []} for count in (7, 15, 7)]
+    assert content.notes_of({"notes": [], "layers": swaps}) == [("7 swaps, 0.7 products, for instance", 3)]
+    assert content.notes_of({"notes": [], "layers": swaps[::2]}) == [("7 swaps, 0.7 products", 2)]
 
 
 def test_every_layer_is_in_the_page_with_the_numbers_of_the_manifest(runs: Path) -> None:

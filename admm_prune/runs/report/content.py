@@ -20,6 +20,7 @@ from admm_prune.models.evaluate import METRICS, RANKING
 from admm_prune.runs.journal.folder import flattened
 
 Manifest = dict[str, Any]
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 _SEVERITIES = ("error", "warning", "info", "good")
 Layer = Mapping[str, Any]  # of a manifest
 TILES = 16
@@ -61,14 +62,16 @@ def advice_of(layers: Iterable[Mapping[str, Any]]) -> list[Advice]:
 
 
 def notes_of(manifest: Manifest) -> list[tuple[str, int]]:
-    """The notes of the run and of its layers: (note, number of layers), 0 for the run."""
-    layers_with = dict.fromkeys(manifest["notes"], 0)
+    """The notes of the run and of its layers: (note, number of layers), 0 for the run. Of notes that differ in numbers
+    alone, the first one stands for all."""
+    notes: dict[str, list[str]] = {}
     for layer in manifest["layers"]:
         advised = {finding["finding"] for finding in layer["diagnosis"]}  # is shown already
         for note in layer["notes"]:
             if note not in advised:
-                layers_with[note] = layers_with.get(note, 0) + 1
-    return list(layers_with.items())
+                notes.setdefault(_NUMBER.sub("0", note), []).append(note)
+    alike = [(some[0] if len(set(some)) == 1 else f"{some[0]}, for instance", len(some)) for some in notes.values()]
+    return [*((note, 0) for note in dict.fromkeys(manifest["notes"])), *alike]
 
 
 def label_of(target: str, sparsity: float, selection: Mapping[str, Any]) -> str:
