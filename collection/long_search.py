@@ -16,16 +16,16 @@ import argparse
 import datetime
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from admm_prune.point import Point
+from admm_prune.problem import StripConstraint
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.solvers.admm import ADMM
 from admm_prune.solvers.base import Solver
@@ -76,17 +76,6 @@ def random_admm(draw: np.random.Generator) -> ADMM:
     return ADMM(penalty=penalty, relaxation=relaxation, fast_until=0, max_iterations=over, refit_iterations=10)
 
 
-def tile_of(given: Mapping[str, Any], shape: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of what the set of a problem keeps or removes as a whole."""
-    match given["kind"]:
-        case "block":
-            return given["height"], given["width"]
-        case "group":
-            return shape[0], given["width"]
-        case _:
-            return 1, 1
-
-
 def exchanged(weight: Tensor, tile: tuple[int, int], group: int, draw: np.random.Generator) -> Tensor:
     """A point with the support of V (out, in) but for some kept tiles of each strip, each for one of its group."""
     height, width = tile
@@ -114,17 +103,19 @@ def search(problem: Problem, seconds: float, seed: int) -> Search:
     constraint = constraint_of(problem.set, problem.weight.shape)
     weight, hessian = (torch.from_numpy(x.copy()) for x in (problem.weight, problem.hessian))
     layer = LayerReconstruction(weight, hessian, constraint, ridge=0.0)
-    tile = tile_of(problem.set, problem.weight.shape)
+    assert isinstance(constraint, StripConstraint), "as all sets of the collection"
+    (strips,) = constraint.strips(problem.weight.shape) or ()
+    tile = (strips.height, strips.width)
     swaps: Solver = _SWAPS if tile == (1, 1) else replace(_EXACT, transfers=0)
-    several = problem.set["kind"] in ("unstructured", "block")  # strips with one budget
-    group = int(problem.set.get("of", weight.shape[1] // tile[1]))
+    several = strips.span is None and strips.rows > strips.height  # strips with one budget
+    group = (strips.span or weight.shape[1]) // strips.width
     best = Search(torch.zeros_like(weight), float(_losses(torch.zeros_like(weight), layer).sum()))
 
     def offer(candidate: Tensor) -> None:
         """Strip by strip where any points of the set may be mixed, or these two, with the same counts in every row."""
         losses, others = (_losses(x, layer).view(-1, tile[0]).sum(1) for x in (best.weight, candidate))
         counts = [(x != 0).sum(1) for x in (best.weight, candidate)]
-        if problem.set["kind"] in ("row", "N:M") or torch.equal(*counts):
+        if strips.span is not None or torch.equal(*counts):
             better = (others < losses).repeat_interleave(tile[0])
             candidate = torch.where(better[:, None], candidate, best.weight)
             others = torch.minimum(losses, others)

@@ -325,3 +325,53 @@ def offer_start(problem: Problem, run: Run[Any], point: Point) -> float:
     if value <= run.best_value and math.isfinite(value):
         run.best, run.best_value, run.best_iteration = point, value, 0
     return value
+
+
+def search_start(problem: Quadratic, inner: Solver | None, start: Point | None) -> tuple[Point, tuple[str, ...]]:
+    """The point that a search begins from, and its notes: the solution of an inner solver or, without one, the
+    projection of the start in the metric diag(A).
+
+    Raises:
+        UserError: a start of another form than the dense weights.
+    """
+    start = checked_start(problem, start)
+    if inner is None:
+        return projection_in_its_metric(problem, start), tuple(getattr(problem, "notes", ()))
+    initial = inner.solve(problem, start=start)
+    return initial.solution, inner_notes(initial)
+
+
+def search_result(
+    problem: Problem, point: Point, improved: Point | None, began: float, *, iterations: int, unfinished: bool
+) -> Result:
+    """The better one of the point that a search began from and the one that it ended at, if that is finite and in the
+    set; without notes.
+
+    Args:
+        improved: where the search ended; None if there was nothing to search.
+        unfinished: whether it ended before it had converged.
+
+    Returns:
+        SOLVED or MAX_ITERATIONS; NONFINITE, with the start, if numbers overflowed.
+
+    Raises:
+        NonFiniteError: neither has a finite value.
+    """
+    run: Run[None] = Run(None)
+    overflowed = improved is not None and not improved.is_finite()
+    if improved is not None and not overflowed and problem.constraint.contains(improved):
+        run.iteration = iterations
+        run.offer(improved, problem.value(improved))
+    start_objective = offer_start(problem, run, point)
+    if run.best is None:
+        raise NonFiniteError("the value at the start is not finite: look for damaged weights")
+    stopped = Status.MAX_ITERATIONS if unfinished else Status.SOLVED
+    return Result(
+        solution=run.best,
+        status=Status.NONFINITE if overflowed else stopped,
+        objective=run.best_value,
+        iterations=iterations,
+        best_iteration=run.best_iteration,
+        seconds=time.perf_counter() - began,
+        start_objective=start_objective,
+    )

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from admm_prune.errors import NonFiniteError, check_at_least
+from admm_prune.errors import check_at_least
 from admm_prune.ops import precision
 from admm_prune.ops.quadratic import unit_diagonal
 from admm_prune.ops.sweep import Swept
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, StripConstraint, Strips, checked_constraint, require
-from admm_prune.result import Result, Status
-from admm_prune.solvers.base import Run, Solver, checked_start, inner_notes, offer_start, projection_in_its_metric
+from admm_prune.result import Result
+from admm_prune.solvers.base import Solver, search_result, search_start
 
 _ENTRIES = 1 << 24  # of the swept matrices that are held together
 _LEAST = 1e-9  # gain of a swap that is made, relative to f of its strip
@@ -83,40 +83,19 @@ class ExchangeSearch:
                 f"ExchangeSearch needs a set made of tiles; {type(constraint).__name__} of {type(problem).__name__} "
                 "is not"
             )
-        start = checked_start(problem, start)
-        notes: tuple[str, ...] = tuple(getattr(problem, "notes", ()))
-        if self.inner is not None:
-            initial = self.inner.solve(problem, start=start)
-            point, notes = initial.solution, inner_notes(initial)
-        else:
-            point = projection_in_its_metric(problem, start)
+        point, notes = search_start(problem, self.inner, start)
         support = constraint.select(point.map(torch.abs))["weight"]
-        run, counts = Run(None), _Counts()
-        start_objective = offer_start(problem, run, point)
-        if run.best is None:
-            raise NonFiniteError("the value at the start is not finite: look for damaged weights")
         hessian, scale = unit_diagonal(problem.hessian.double())
         target = problem.minimizer.double() * scale
         sizes = [part.rows for part in parts]
         pieces = zip(target.split(sizes), support.split(sizes), parts, strict=True)
+        counts = _Counts()
         v = torch.cat([self._search(hessian, *piece, counts) for piece in pieces])
         improved = Point(weight=(v / scale).to(problem.minimizer))
-        overflowed = not improved.is_finite()
-        if not overflowed and problem.constraint.contains(improved):
-            run.iteration = counts.rounds
-            run.offer(improved, problem.value(improved))
-        stopped = Status.MAX_ITERATIONS if counts.unfinished else Status.SOLVED
+        result = search_result(problem, point, improved, began, iterations=counts.rounds, unfinished=counts.unfinished)
         made = f"{counts.swaps} swaps, {counts.transfers} transfers between strips"
-        return Result(
-            solution=run.best,
-            status=Status.NONFINITE if overflowed else stopped,
-            objective=run.best_value,
-            iterations=counts.rounds,
-            best_iteration=run.best_iteration,
-            seconds=time.perf_counter() - began,
-            notes=(*notes, f"exchange search: {made if run.best_iteration else 'nothing improved the start'}"),
-            start_objective=start_objective,
-        )
+        note = f"exchange search: {made if result.best_iteration else 'nothing improved the start'}"
+        return replace(result, notes=(*notes, note))
 
     def _search(self, hessian: Tensor, target: Tensor, support: Tensor, strips: Strips, counts: _Counts) -> Tensor:
         """The rows (out, in) of one budget after the search."""

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from admm_prune.errors import NonFiniteError, check_at_least
+from admm_prune.errors import check_at_least
 from admm_prune.ops import precision
 from admm_prune.point import Point
 from admm_prune.problem import Quadratic, StripConstraint, SupportConstraint, checked_constraint, require
-from admm_prune.result import Result, Status
-from admm_prune.solvers.base import (
-    Run,
-    Solver,
-    checked_start,
-    inner_notes,
-    offer_start,
-    projection_in_its_metric,
-)
+from admm_prune.result import Result
+from admm_prune.solvers.base import Solver, search_result, search_start
 from admm_prune.solvers.exchange_search import ExchangeSearch
 
 _ROWS = 1024  # rows searched together
@@ -85,44 +78,23 @@ class LocalSearch:
         if _has_tiles(problem):
             return ExchangeSearch(self.inner).solve(problem, start=start)
         began = time.perf_counter()
-        start = checked_start(problem, start)
-        notes: tuple[str, ...] = tuple(getattr(problem, "notes", ()))
-        if self.inner is not None:
-            initial = self.inner.solve(problem, start=start)
-            point, notes = initial.solution, inner_notes(initial)
-        else:
-            point = projection_in_its_metric(problem, start)
+        point, notes = search_start(problem, self.inner, start)
         support, group = self._support(problem, point)
         scale = problem.hessian.diagonal().sqrt()
         hessian = (problem.hessian / scale).div_(scale[:, None])
         target = problem.minimizer * scale
         support_size = int(support.sum())
-        run, done, overflowed = Run(None), _Count(), False
+        done, improved = _Count(), None
         if 0 < support_size < support.numel():
             gains = Gains(hessian, support_size / len(support), group, self.candidates)
             scaled = point["weight"] * scale
             parts = zip(target.split(_ROWS), scaled.split(_ROWS), support.split(_ROWS), strict=True)
             v = torch.cat([self._search(gains, *rows, done=done) for rows in parts])
             improved = Point(weight=v / scale)
-            overflowed = not improved.is_finite()
-            if not overflowed and problem.constraint.contains(improved):
-                run.iteration = done.rounds
-                run.offer(improved, problem.value(improved))
-        start_objective = offer_start(problem, run, point)
-        if run.best is None:
-            raise NonFiniteError("the value at the start is not finite: look for damaged weights")
+        result = search_result(problem, point, improved, began, iterations=done.rounds, unfinished=done.unfinished)
         cost = f"{done.swaps} swaps, {done.products / len(support):.1f} products"
-        stopped = Status.MAX_ITERATIONS if done.unfinished else Status.SOLVED
-        return Result(
-            solution=run.best,
-            status=Status.NONFINITE if overflowed else stopped,
-            objective=run.best_value,
-            iterations=done.rounds,
-            best_iteration=run.best_iteration,
-            seconds=time.perf_counter() - began,
-            notes=(*notes, f"local search: {cost if run.best_iteration else 'no swap improved the start'}"),
-            start_objective=start_objective,
-        )
+        note = f"local search: {cost if result.best_iteration else 'no swap improved the start'}"
+        return replace(result, notes=(*notes, note))
 
     def _support(self, problem: Quadratic, point: Point) -> tuple[Tensor, int]:
         """The full admissible support that holds the point's, and the width of the groups that swaps stay in."""

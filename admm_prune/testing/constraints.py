@@ -48,9 +48,8 @@ def assert_constraint_conforms(
     lowest indices, that is the first in lexicographic order (row-major, names in the order of the point);
     `select_each`, where there is one, returns what `select` returns for each matrix, `runs` states the
     rule of `select` (both are inherited by a class that derives from another set), and members may exchange the tiles
-    of the `strips`; the shares of a partition of the
-    columns together select a member of full size, in proportion to their columns up to one group of a row, and
-    optimal in each share;
+    of the `strips`; the shares of a partition of the columns together select a member of full size, in proportion to
+    their columns up to one group of a row, and optimal in each share;
     `scaled_to` returns sets of the same class and group width that go from everything at 0 to the set itself at 1, each
     inside the one before, and prune in proportion up to the steps in which they can (or says with a ValueError that it
     cannot).
