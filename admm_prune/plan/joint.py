@@ -20,17 +20,15 @@ from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block
 from admm_prune.plan.counting import Cost, Counting, Stage, Work, measured_cost
 from admm_prune.plan.trials import LayerTrial, estimated
-from admm_prune.problems.attention import AttentionOutput
-from admm_prune.statistics import SUM_BYTES
+from admm_prune.problems.attention import AttentionOutput, stride_of_sample
 
 PARTS = "weights, gradients and moments"
 # Of the pruned matrices in float32: start, point, best point, gradient as made and as it is returned, two moments, mask
 # and those in the block.
 _COPIES = 9
-# Passes of the attention over the tokens of the fit, beside those that mix its inputs: head outputs of dense values,
-# values of the start (twice, as it is given and projected) and of the best point; in a round one value of V, head
-# outputs and one value of O.
-_PASSES = 4 + 3 * ROUNDS
+# Passes of the attention over the tokens, beside those that mix its inputs: head outputs of the dense values, of the
+# start, and of the values of each round.
+_PASSES = 2 + ROUNDS
 _HELD_OUT_PASSES = 2 + ROUNDS
 _FITS = 2 * ROUNDS  # of V by conjugate gradients: free and on its support
 _FLOAT = 4  # bytes
@@ -52,21 +50,24 @@ def coordinating(
     batches, held_out_batches = (count / first.mask.numel() for count in (tokens, held_out))
     with measured_cost(counting) as forward:
         stream.preview(index)
-    passes = -(-inputs // views.size) + _PASSES
-    work = mixing.work * (passes * batches + _HELD_OUT_PASSES * held_out_batches + 3)  # 3: are they linear?
+    biases = views.value.bias is not None or views.output.bias is not None
+    stride = stride_of_sample(tokens, inputs)
+    sampled, sampled_batches = tokens / stride, batches / stride
+    of_sample = -(-inputs // views.size) + biases  # inputs are mixed in columns, as many as a head has at once
+    work = mixing.work * (_PASSES * batches + of_sample * sampled_batches)
+    work += mixing.work * (_HELD_OUT_PASSES * held_out_batches + 3)  # 3: are they linear?
     work += forward.work * (batches + held_out_batches)  # the dense outputs
     held = 0
-    biases = views.value.bias is not None or views.output.bias is not None
     if mixed <= AttentionOutput.widest:
-        held = (SUM_BYTES + 2 * _FLOAT) * mixed**2
+        held = _FLOAT * mixed * (mixed + views.output.shape[0])
         width = views.output.shape[1]
         iterations = _FITS * (ITERATIONS + 1) * 2 * (views.size * mixed**2 + width**2 * inputs)
-        work += Work.of(products_float32=tokens * mixed**2 * 1.25 + iterations)
-    if biases or mixed > AttentionOutput.widest:
+        below = mixed * (mixed + inputs) + 2 * mixed * views.output.shape[0]  # of the Gram, and with the targets
+        work += Work.of(products_float32=sampled * below + iterations)
+    else:
         adjoint = _mixing(counting, index, block, views, first, backward=True)
-        work += adjoint.work * (_FITS * batches)
-        if mixed > AttentionOutput.widest:
-            work += (mixing.work + adjoint.work) * (_FITS * (ITERATIONS + 1) * batches)
+        work += adjoint.work * (_FITS * sampled_batches)
+        work += (mixing.work + adjoint.work) * (_FITS * (ITERATIONS + 1) * sampled_batches)
     parts = {
         "tokens of the attention": (tokens + held_out) * _FLOAT * (inputs + views.output.shape[0]),
         "mixed Gram": held,
@@ -78,9 +79,8 @@ def coordinating(
         trial = LayerTrial(method, target, task.ridge, (shape[0],), shape[1], torch.float32, validation=False)
         work += estimated(trial).work * (1 + ROUNDS)
     values, outputs = views.value.shape, views.output.shape
-    each = 2 * (values[0] * values[1] + outputs[0] * outputs[1])  # X V^T and Z O^T
-    moments = 2 * (outputs[1] * (outputs[0] + outputs[1] // 2)) * (1 + ROUNDS) + inputs**2
-    work += Work.of(products_float32=tokens * each * _PASSES, products_float64=tokens * moments)
+    each = 2 * values[0] * values[1] + outputs[1] * (2 * outputs[0] + outputs[1])  # X V^T, Y^T Z and Z^T Z
+    work += Work.of(products_float32=tokens * each * _PASSES, products_float64=tokens * inputs**2)
     yield Stage(name="coordinated attention", parts=parts, work=work)
 
 

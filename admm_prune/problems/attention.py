@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from admm_prune.ops import quadratic
+from admm_prune.ops import precision, quadratic
 from admm_prune.point import Point
 from admm_prune.problem import Constraint, Problem
 from admm_prune.problems.closing import Closing
@@ -19,6 +19,8 @@ from admm_prune.problems.constraints import FREE, Product, SparseSet
 from admm_prune.problems.layer import AllReduce, LayerReconstruction, single_process
 from admm_prune.statistics import GramAccumulator, TargetAccumulator
 
+_TOKENS_PER_INPUT = 32  # sampled beyond: the G e d weights of V are then at most d / T = 1/32 of the T m equations
+_HELD = 2  # output problems: of the values before and after a step
 _MIXED_ENTRIES = 1 << 26  # of the mixed inputs of all heads that are gathered at once: tokens are sampled beyond
 _LEAST_SENSITIVITY = 1e-6  # of a row of the value projection, relative to the mean
 
@@ -100,13 +102,14 @@ class AttentionOutput:
 
     "value", for a given O, has the Hessian sum_hh' (O_h^T O_h') x (M_h^T M_h') with M_h = A_h X, whose terms belong to
     the groups of h and h'. Its unconstrained minimum is found by conjugate gradients, with [M_h^T M_h'] (H d, H d), or
-    where that is too large with products over the tokens; the Hessian itself is never formed. The inner solver prunes
-    it in the separable metric c_r H, H = sum_h |O_h|^2 M_h^T M_h / sum_h |O_h|^2 and c_r = sum_h |O_h e_r|^2 over the
-    heads that read row r: its rows are scaled by sqrt(c_r) to the nearest power of two, so that a budget of the whole
-    matrix goes where the output projection reads it. The weights that are left are then fitted to the exact objective.
+    where that is too large with products over the tokens; the Hessian itself is never formed. Of 64 d tokens or more
+    only every k-th span is read for it, for the largest k that leaves about 32 d. The inner solver prunes it in the
+    separable metric c_r H, H = sum_h |O_h|^2 M_h^T M_h / sum_h |O_h|^2 and c_r = sum_h |O_h e_r|^2 over the heads that
+    read row r: its rows are scaled by sqrt(c_r) to the nearest power of two, so that a budget of the whole matrix goes
+    where the output projection reads it. The weights that are left are then fitted to the objective itself.
 
-    `Safeguarded`: once both are in their sets, a solution of a block that raises `value` is rejected, so that
-    `value` never rises.
+    `Safeguarded`: once both are in their sets, a solution of a block that raises `value`, on all tokens, is rejected,
+    so that `value` never rises.
 
     Points hold "value" (G e, d), "output" (m, H e), and "bias" (m,) where there is one.
 
@@ -145,8 +148,8 @@ class AttentionOutput:
         self.constraints, self.damped, self.all_reduce = constraints, damped or {}, all_reduce
         self.tolerance, self.max_iterations = tolerance, max_iterations
         self.biases = biases or {}
-        # Known to the next step of an alternation, which would have to run the attention for it.
-        self._accepted: tuple[Point, float] | None = None  # what `safeguarded` returned last, and its value
+        # Of the values asked for last: an alternation needs each several times, and the attention has to be run for it.
+        self._output_problems: list[tuple[Tensor, Closing]] = []
         heads = tokens.mixing.heads
         if weights["output"].shape[1] % heads:
             raise ValueError(f"{weights['output'].shape[1]} inputs of the output projection are not {heads} heads")
@@ -173,12 +176,19 @@ class AttentionOutput:
         return Point({**x, "bias": self.biases["output"]}) if "output" in self.biases else x
 
     def value(self, x: Point) -> float:
-        return self._loss(x, self.tokens)[0]
+        """From moments of the head outputs: accurate relative to |Y|^2, to the rounding of the dtype of the weights."""
+        return self._output_problem(x).squared_error(x["output"], x.get("bias"))
 
     def validation_loss(self, x: Point) -> float:
         """The value on the validation tokens, relative to |Y|^2; the value itself where all targets are zero."""
-        loss, energy = self._loss(x, self.validation)
-        return loss / (energy or 1.0)
+        sums = torch.zeros(2, dtype=torch.float64)
+        for heads, targets in self._head_outputs(x, self.validation):
+            missing = heads @ x["output"].T - targets
+            if "bias" in x:
+                missing += x["bias"]
+            sums += torch.stack([part.double().square().sum() for part in (missing, targets)]).cpu()
+        loss, energy = self.all_reduce(sums).tolist()
+        return float(loss / (energy or 1.0))
 
     def head_moments(self, x: Point) -> Tensor:
         """Z^T Z (H e, H e) of the head outputs that V really gives: what the output projection alone is pruned on."""
@@ -210,13 +220,8 @@ class AttentionOutput:
         if name == "value":
             value = self.fitted_value(after["output"], after, after["value"], after["value"] != 0)
             after = Point({**after, "value": value})
-        reached = self.value(after)
-        if self.constraint.contains(before):
-            accepted = self._accepted
-            known = accepted[1] if accepted is not None and accepted[0] is before else self.value(before)
-            if not reached <= known:
-                after, reached = before, known
-        self._accepted = after, reached
+        if self.constraint.contains(before) and not self.value(after) <= self.value(before):
+            return before
         return after
 
     def fitted_value(self, output: Tensor, x: Point, start: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -265,9 +270,25 @@ class AttentionOutput:
     def _count(self) -> int:
         return int(self.all_reduce(torch.tensor(len(self.tokens.inputs))))
 
-    def _chunks(self, tokens: AttentionTokens) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for number, span in enumerate(tokens.mixing.spans):
+    def _chunks(self, tokens: AttentionTokens, stride: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The number, inputs and targets of every `stride`-th span."""
+        for number, span in list(enumerate(tokens.mixing.spans))[::stride]:
             yield number, tokens.inputs[span].to(self.weights["value"]), tokens.targets[span].to(self.weights["value"])
+
+    def _sample(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The spans that the values are fitted on: all, or some of a long text."""
+        return self._chunks(self.tokens, self._stride)
+
+    @cached_property
+    def _stride(self) -> int:
+        return stride_of_sample(len(self.tokens.inputs), self.weights["value"].shape[1])
+
+    @cached_property
+    def _scaling(self) -> float:
+        """By which a sum over the sample is scaled to all tokens."""
+        spans = self.tokens.mixing.spans[:: self._stride]
+        sampled = self.all_reduce(torch.tensor(sum(span.stop - span.start for span in spans)))
+        return self._count / max(1, int(sampled))
 
     def _head_outputs(self, x: Point, tokens: AttentionTokens) -> Iterator[tuple[Tensor, Tensor]]:
         """Z (n, H e) and Y of every span."""
@@ -277,17 +298,11 @@ class AttentionOutput:
                 values += self.biases["value"]
             yield tokens.mixing.mix(number, values), targets
 
-    def _loss(self, x: Point, tokens: AttentionTokens) -> tuple[float, float]:
-        sums = torch.zeros(2, dtype=torch.float64)
-        for heads, targets in self._head_outputs(x, tokens):
-            missing = heads @ x["output"].T - targets
-            if "bias" in x:
-                missing += x["bias"]
-            sums += torch.stack([part.double().square().sum() for part in (missing, targets)]).cpu()
-        loss, energy = self.all_reduce(sums).tolist()
-        return loss, energy
-
     def _output_problem(self, x: Point) -> Closing:
+        """That of the given values: held until `_HELD` others were asked for."""
+        for values, known in self._output_problems:
+            if torch.equal(values, x["value"]):
+                return known
         weight = self.weights["output"]
         bias = "bias" in x
         gram = GramAccumulator(weight.shape[1], weight.device, centre=bias)
@@ -298,7 +313,9 @@ class AttentionOutput:
         constraint = self.constraints.get("output", FREE)
         gram.join(self.all_reduce)
         target.join(self.all_reduce)
-        return Closing.of(weight, gram, target, constraint, self.damped.get("output", (0.0, 0.0)), bias=bias)
+        problem = Closing.of(weight, gram, target, constraint, self.damped.get("output", (0.0, 0.0)), bias=bias)
+        self._output_problems = [*self._output_problems[1 - _HELD :], (x["value"].clone(), problem)]
+        return problem
 
     def _value_problem(self, x: Point) -> LayerReconstruction:
         ridge, damping = self.damped.get("value", (0.0, 0.0))
@@ -323,19 +340,29 @@ class AttentionOutput:
         return torch.cat(parts, 2)
 
     @cached_property
+    @precision.full()
     def _mixed_moments(self) -> tuple[Tensor, Tensor] | None:
-        """[M_h^T M_h'] (H d, H d) and [M_h^T Y] (H d, m); None where they are too large."""
-        width, weight = self.tokens.mixing.heads * self.weights["value"].shape[1], self.weights["value"]
-        if width > self.widest:
+        """[M_h^T M_h'] (H d, H d), and M_h^T times the targets and, with biases, `_constants` (H d, m [+ 1 + H]).
+
+        None where they are too large. In the dtype of the weights: `safeguarded` sees to it that rounding is harmless.
+        """
+        weight = self.weights["value"]
+        heads, width = self.tokens.mixing.heads, weight.shape[1]
+        if heads * width > self.widest:
             return None
-        gram = GramAccumulator(width, weight.device)
-        products = torch.zeros(width, len(self.weights["output"]), dtype=torch.float64, device=weight.device)
-        for number, inputs, targets in self._chunks(self.tokens):
+        gram = weight.new_zeros(heads * width, heads * width)
+        columns = [slice(h * width, (h + 1) * width) for h in range(heads)]
+        products = weight.new_zeros(len(gram), len(self.weights["output"]) + (1 + heads if self.biases else 0))
+        for number, inputs, targets in self._sample():
             mixed = self._mixed_inputs(number, inputs).flatten(1)
-            gram.add(mixed)
-            products += mixed.T @ targets
-        gram.join(self.all_reduce)
-        return gram.gram.to(weight), self.all_reduce(products).to(weight)
+            for own in columns:
+                gram[own.start :, own].addmm_(mixed[:, own.start :].T, mixed[:, own])
+            if self.biases:
+                targets = torch.cat([targets, self._constants(number, inputs)], 1)
+            products.addmm_(mixed.T, targets)
+        for own in columns:
+            gram[own, own.stop :] = gram[own.stop :, own].T
+        return self.all_reduce(gram.mul_(self._scaling)), self.all_reduce(products.mul_(self._scaling))
 
     @property
     def _mixed_gram(self) -> Tensor | None:
@@ -352,10 +379,10 @@ class AttentionOutput:
             metric: Tensor = torch.einsum("hihj,h->ij", blocks, strength)
             return (metric + metric.T) / 2
         gram = GramAccumulator(width, self.weights["value"].device)
-        for number, inputs, _ in self._chunks(self.tokens):
+        for number, inputs, _ in self._sample():
             stride = -(-len(inputs) * heads * width // _MIXED_ENTRIES)
             mixed = self._mixed_inputs(number, inputs, stride)
-            gram.add(mixed * (strength * stride).sqrt()[:, None])
+            gram.add(mixed * (strength * stride * self._scaling).sqrt()[:, None])
         gram.join(self.all_reduce)
         return gram.gram.to(self.weights["value"])
 
@@ -374,31 +401,52 @@ class AttentionOutput:
             each = torch.stack([one.flatten(1) @ column for one, column in zip(pairs, columns, strict=True)])
             return each.view(-1, per_group, size, v.shape[1]).sum(1).flatten(0, 1)
         total = torch.zeros_like(v, dtype=torch.float64)
-        for number, inputs, _ in self._chunks(self.tokens):
+        for number, inputs, _ in self._sample():
             back = mixing.unmix(number, mixing.mix(number, inputs @ v.T) @ square)
             total += (back.T @ inputs).double()
-        return self.all_reduce(total).to(v)
+        return self.all_reduce(total.mul_(self._scaling)).to(v)
 
     def _value_correlation(self, output: Tensor, bias: Tensor | None) -> Tensor:
         """The right-hand side of the normal equations of V, without ridge (G e, d).
 
         Without biases it is sum_h O_h^T Y^T M_h over the heads of a group.
         """
-        if self._mixed_moments is not None and not self.biases:
-            products = self._mixed_moments[1].unflatten(0, (self.tokens.mixing.heads, -1))
+        count = len(output)
+        constants = self._constant_outputs(output, bias) if self.biases else None
+        if self._mixed_moments is not None:
+            products = self._mixed_moments[1]
+            if constants is not None:
+                products = products[:, :count] - products[:, count:] @ constants
+            products = products.unflatten(0, (self.tokens.mixing.heads, -1))
             heads: Tensor = torch.einsum("mhe,hdm->hed", output.unflatten(1, (-1, self._size)), products)
             groups: Tensor = heads.unflatten(0, (len(self.weights["value"]) // self._size, -1)).sum(1)
             return groups.flatten(0, 1)
         mixing, total = self.tokens.mixing, torch.zeros_like(self.weights["value"], dtype=torch.float64)
-        for number, inputs, targets in self._chunks(self.tokens):
-            if bias is not None:
-                targets = targets - bias
-            if "value" in self.biases:
-                targets = (
-                    targets - mixing.mix(number, self.biases["value"].expand(len(inputs), -1).contiguous()) @ output.T
-                )
+        for number, inputs, targets in self._sample():
+            if constants is not None:
+                targets = targets - self._constants(number, inputs) @ constants
             total += (mixing.unmix(number, targets @ output).T @ inputs).double()
-        return self.all_reduce(total).to(self.weights["value"])
+        return self.all_reduce(total.mul_(self._scaling)).to(self.weights["value"])
+
+    def _constants(self, number: int, inputs: Tensor) -> Tensor:
+        """[1, A_1 1, ..., A_H 1] (n, 1 + H) of a span: what biases are multiplied with."""
+        mixed = self.tokens.mixing.mix(number, inputs.new_ones(len(inputs), len(self.weights["value"])))
+        return nn.functional.pad(mixed[:, :: self._size], (1, 0), value=1.0)
+
+    def _constant_outputs(self, output: Tensor, bias: Tensor | None) -> Tensor:
+        """[b, O_1 b_g(1), ..., O_H b_g(H)]^T (1 + H, m): times `_constants`, the outputs without inputs."""
+        heads = output.unflatten(1, (self.tokens.mixing.heads, self._size))
+        rows = heads.new_zeros(heads.shape[1], len(output))
+        if "value" in self.biases:
+            groups = self.biases["value"].view(-1, self._size)
+            rows = torch.einsum("mhe,he->hm", heads, groups.repeat_interleave(len(rows) // len(groups), 0))
+        first = output.new_zeros(len(output)) if bias is None else bias
+        return torch.cat([first[None], rows])
+
+
+def stride_of_sample(tokens: int, width: int) -> int:
+    """Every which span the values are fitted on, for inputs of a width d."""
+    return max(1, tokens // (_TOKENS_PER_INPUT * width))
 
 
 def conjugate_gradient(

@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from admm_prune.ops import quadratic
 from admm_prune.problem import Constraint
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.statistics import GramAccumulator, TargetAccumulator
@@ -21,9 +22,9 @@ class Closing(LayerReconstruction):
     reconstruction is then of both less their means.
     """
 
-    def __init__(self, *arguments: object, means: tuple[Tensor, Tensor], **options: object) -> None:
+    def __init__(self, *arguments: object, count: int, means: tuple[Tensor, Tensor], **options: object) -> None:
         super().__init__(*arguments, **options)  # type: ignore[arg-type]
-        self._means = means
+        self._count, self._means = count, means
 
     @classmethod
     def of(
@@ -64,6 +65,7 @@ class Closing(LayerReconstruction):
             damping=damped[1],
             correlation=correlation.to(weight),
             target_energy=energy,
+            count=count,
             means=(mean_input.to(weight), mean_target.to(weight)),
         )
 
@@ -71,3 +73,16 @@ class Closing(LayerReconstruction):
         """The best bias (m,) beside a weight."""
         mean_input, mean_target = self._means
         return mean_target - weight @ mean_input
+
+    def squared_error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """|P V^T + 1 b^T - Y|^2 over all tokens, undamped: a difference of energies, in float64.
+
+        Args:
+            bias: b, not necessarily the best; None if the problem has none.
+        """
+        assert self.correlation is not None
+        assert self.target_energy is not None
+        error = quadratic.energy(weight, self.gram) - 2 * quadratic.inner(weight, self.correlation) + self.target_energy
+        if bias is not None:
+            error += self._count * float((self.bias(weight) - bias).double().square().sum())
+        return max(error, 0.0)  # in this order NaN stays NaN

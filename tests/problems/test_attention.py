@@ -155,7 +155,8 @@ def test_the_value_is_that_of_the_formula(groups: int, biases: bool) -> None:
     ):
         missing = predicted(x, biases_of(problem), tokens) - tokens.targets
         assert value == pytest.approx(float(missing.square().sum()), rel=1e-12)
-    assert problem.value(problem.initial()) <= 1e-20
+    energy = float(problem.tokens.targets.square().sum())
+    assert problem.value(problem.initial()) <= 1e-14 * energy  # a difference of energies
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -195,6 +196,55 @@ def test_values_solve_the_normal_equations(
     direct = torch.zeros_like(right)
     direct[chosen] = torch.linalg.solve(hessian[chosen][:, chosen], right[chosen])
     assert torch.allclose(found.flatten(), direct, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("widest", [0, 8192])
+@pytest.mark.parametrize("biases", [False, True])
+def test_values_are_fitted_on_some_spans_of_a_long_text(
+    biases: bool, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The solution is that of these spans alone; sums are scaled to all tokens."""
+    monkeypatch.setattr(AttentionOutput, "widest", widest)
+    whole = attention(2, biases=biases, noise=0.3, damped={"value": (0.02, 0.003)})
+    tokens = whole.tokens
+    assert isinstance(tokens.mixing, Probabilities)
+    chosen = [slice(0, LENGTHS[0]), slice(sum(LENGTHS[:2]), sum(LENGTHS[:3]))]  # the first and the third
+    some = AttentionTokens(
+        *(torch.cat([part[span] for span in chosen]) for part in (tokens.inputs, tokens.targets)),
+        Probabilities(tokens.mixing.sequences[::2], 2),
+    )
+    options = {"biases": whole.biases, "damped": whole.damped, **EXACT}
+    sample = AttentionOutput(whole.weights, some, {}, **options)  # type: ignore[arg-type]
+    x = moved(whole)
+    assert not torch.allclose(whole.fitted_value(x["output"], x), sample.fitted_value(x["output"], x), rtol=1e-3)
+    monkeypatch.setattr(module, "_TOKENS_PER_INPUT", 2)  # of 42 tokens, for 8 inputs: every second span
+    long = AttentionOutput(whole.weights, tokens, {}, **options)  # type: ignore[arg-type]
+    fitted, expected = long.fitted_value(x["output"], x), sample.fitted_value(x["output"], x)
+    torch.testing.assert_close(fitted, expected, rtol=1e-9, atol=1e-9)
+    scale = sum(LENGTHS) / len(some.inputs)
+    torch.testing.assert_close(
+        long.value_hessian_times(x["value"], x["output"]), scale * sample.value_hessian_times(x["value"], x["output"])
+    )
+    torch.testing.assert_close(long._metric, scale * sample._metric)
+    assert long.value(x) == whole.value(x)
+
+
+def test_the_attention_is_run_once_for_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = attention(2, noise=0.3)
+    calls: list[int] = []
+    mix = Probabilities.mix
+    monkeypatch.setattr(Probabilities, "mix", lambda self, *args: calls.append(1) or mix(self, *args))
+    x, other = moved(problem), moved(problem, 1)
+    y = Point({**x, "output": other["output"]})
+    values = [problem.value(x), problem.value(y), problem.value(other), problem.value(x)]
+    assert len(calls) == 2 * len(LENGTHS)
+    assert values[0] == values[3] == attention(2, noise=0.3).value(x)
+    assert values[1] == attention(2, noise=0.3).value(y)
+    changed = x["value"].clone()
+    x["value"].mul_(2)  # in place: other values, which are not those held
+    assert problem.value(x) == attention(2, noise=0.3).value(x)
+    x["value"].copy_(changed)
+    assert problem.value(x) == values[0]
 
 
 @pytest.mark.parametrize(("groups", "biases"), FORMS)
