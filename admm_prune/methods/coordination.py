@@ -26,7 +26,7 @@ from admm_prune.solvers.base import Solver
 from admm_prune.statistics import GramAccumulator
 
 ROUNDS = 1  # of the alternation between the two projections: a second one did not lower the error on validation tokens
-ITERATIONS = 15  # of conjugate gradients in each of its least-squares fits
+ITERATIONS = 10  # of conjugate gradients in each of its least-squares fits
 
 
 @dataclass(frozen=True)

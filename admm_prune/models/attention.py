@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -103,14 +103,20 @@ class ModelMixing:
         ends = accumulate((int(state.mask.sum()) for state in states), initial=0)
         self.spans: Sequence[slice] = [slice(start, stop) for start, stop in pairwise(ends)]
 
-    @torch.no_grad()
     def mix(self, span: int, values: Tensor) -> Tensor:
-        return self._run(span, values)
+        return next(self.mix_several(span, (values,)))
+
+    def mix_several(self, span: int, several: Iterable[Tensor]) -> Iterator[Tensor]:
+        projected: dict[nn.Module, list[Tensor]] = {}  # the queries and keys are the same for all values
+        for values in several:
+            with torch.no_grad():
+                mixed = self._run(span, values, projected)
+            yield mixed
 
     def unmix(self, span: int, mixed: Tensor) -> Tensor:
         values = mixed.new_zeros(len(mixed), self._views.value.shape[0]).requires_grad_()
         with torch.enable_grad():
-            outputs = self._run(span, values)
+            outputs = self._run(span, values, {})
         return torch.autograd.grad(outputs, values, mixed)[0]
 
     def is_linear(self) -> bool:
@@ -118,25 +124,54 @@ class ModelMixing:
         g = torch.Generator().manual_seed(0)
         shape = (self.spans[0].stop, self._views.value.shape[0])
         one, two = (torch.randn(shape, generator=g).to(self._states[0].mask.device, self.dtype) for _ in range(2))
-        first, second, both = (self.mix(0, values) for values in (one, two, one + two))
+        first, second, both = self.mix_several(0, (one, two, one + two))
         return bool((both - first - second).norm() <= _LINEAR * both.norm())
 
-    def _run(self, span: int, values: Tensor) -> Tensor:
+    def _run(self, span: int, values: Tensor, projected: dict[nn.Module, list[Tensor]]) -> Tensor:
+        """The head outputs for given values.
+
+        Args:
+            projected: the outputs of the query and key projections in an earlier run of the span, which are used in
+                place of new ones; where it is empty, they are added.
+        """
         state, views = self._states[span], self._views
         padded = values.new_zeros(state.mask.numel(), values.shape[1])
         padded = padded.index_copy(0, state.mask.flatten().nonzero()[:, 0], values)
         seen: list[Tensor] = []
 
-        def replace_values(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return padded.view(output.shape)
+        def project(inputs: Tensor, *_: object, **__: object) -> Tensor:
+            return padded.view(*inputs.shape[:-1], -1)
 
         with ExitStack() as stack:
             stack.enter_context(in_dtype(self._block.module, self.dtype))
-            stack.enter_context(views.value.module.register_forward_hook(replace_values))
+            for module in {view.module for view in views.weights} - {views.value.module, views.output.module}:
+                if len(projected.get(module, ())) == 1:  # a module may be called several times
+                    stack.enter_context(_computing(module, lambda *_, known=projected[module][0], **__: known))
+                elif module not in projected:
+                    stack.enter_context(module.register_forward_hook(partial(_keep, projected)))
+            stack.enter_context(_computing(views.value.module, project))
             stack.enter_context(views.output.module.register_forward_pre_hook(partial(_keep_and_stop, seen)))
             stack.enter_context(suppress(StopForwardError))
             state.replay(self._block, self._index, finite=False, dtype=self.dtype)
         return seen[0].reshape(-1, seen[0].shape[-1])[state.mask.flatten()]
+
+
+@contextmanager
+def _computing(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Within it a module computes another function. Its hooks are called as before."""
+    own = vars(module).get("forward")  # set by libraries that wrap modules
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _keep(outputs: dict[nn.Module, list[Tensor]], module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+    outputs.setdefault(module, []).append(output)
 
 
 def _keep_and_stop(seen: list[Tensor], _: nn.Module, args: tuple[Tensor, ...]) -> None:

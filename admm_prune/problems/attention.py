@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -43,6 +43,10 @@ class Mixing(Protocol):
         """Values (n, G e) of the tokens of a span to head outputs (n, H e)."""
         ...
 
+    def mix_several(self, span: int, several: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`mix` of several values, one after the other, with the same probabilities."""
+        ...
+
     def unmix(self, span: int, mixed: Tensor) -> Tensor:
         """The adjoint: (n, H e) to (n, G e)."""
         ...
@@ -74,6 +78,9 @@ class Probabilities:
         heads = values.unflatten(1, (self.groups, -1)).repeat_interleave(self.heads // self.groups, 1)
         mixed: Tensor = torch.einsum("hts,she->the", probabilities, heads)
         return mixed.flatten(1)
+
+    def mix_several(self, span: int, several: Iterable[Tensor]) -> Iterator[Tensor]:
+        return (self.mix(span, values) for values in several)
 
     def unmix(self, span: int, mixed: Tensor) -> Tensor:
         probabilities = self.sequences[span]
@@ -331,11 +338,10 @@ class AttentionOutput:
         """M_h of a span, of all heads, at every `stride`-th token: (ceil(n / stride), H, d)."""
         mixing, size = self.tokens.mixing, self._size
         groups = len(self.weights["value"]) // size
-        parts = []
-        for columns in inputs.split(size, 1):
-            values = nn.functional.pad(columns, (0, size - columns.shape[1])).repeat(1, groups)
-            heads = mixing.mix(number, values).unflatten(1, (mixing.heads, size))
-            some = heads[::stride, :, : columns.shape[1]]
+        parts, pieces = [], inputs.split(size, 1)
+        several = (nn.functional.pad(one, (0, size - one.shape[1])).repeat(1, groups) for one in pieces)
+        for piece, mixed in zip(pieces, mixing.mix_several(number, several), strict=True):
+            some = mixed.unflatten(1, (mixing.heads, size))[::stride, :, : piece.shape[1]]
             parts.append(some if stride == 1 else some.clone())  # a view would keep all tokens in memory
         return torch.cat(parts, 2)
 

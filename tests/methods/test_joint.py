@@ -99,8 +99,39 @@ def test_head_outputs_are_those_of_the_model_and_the_adjoint_is_theirs(family: s
         values, heads = (seen[name][number].flatten(0, -2)[state.mask.flatten()] for name in ("value", "output"))
         assert torch.allclose(mixing.mix(number, values), heads, rtol=1e-4, atol=1e-5)
         one, two = torch.randn(values.shape, generator=g), torch.randn(heads.shape, generator=g)
+        several = (values, one, values)
+        for given, together in zip(several, mixing.mix_several(number, several), strict=True):
+            assert torch.equal(together, mixing.mix(number, given))
         left, right = (mixing.mix(number, one) * two).sum(), (one * mixing.unmix(number, two)).sum()
         assert float(left) == pytest.approx(float(right), rel=1e-3, abs=1e-3)
+    assert not any("forward" in vars(module) for module in block.module.modules()), "as it was"
+
+
+def test_queries_and_keys_are_projected_once_for_several_values() -> None:
+    model = build("llama", layers=1)
+    block = decoder_blocks(model)[0]
+    states = stream_of(model).states(0)["calibration"]
+    views = attention_of(block, states, 0)
+    calls: list[nn.Module] = []
+    for view in views.weights:
+        own = view.module.forward
+
+        def forward(x: Tensor, module: nn.Module = view.module, own: Any = own) -> Tensor:
+            calls.append(module)
+            return own(x)
+
+        view.module.forward = forward  # as libraries do that wrap modules
+    mixing = ModelMixing(block, views, states, 0)
+    shape = (mixing.spans[0].stop, views.value.shape[0])
+    expected = [mixing.mix(0, torch.full(shape, float(k))) for k in range(3)]
+    calls.clear()
+    for one, two in zip(mixing.mix_several(0, (torch.full(shape, float(k)) for k in range(3))), expected, strict=True):
+        assert torch.equal(one, two)
+    queries_and_keys = [view.module for view in views.weights if view not in (views.value, views.output)]
+    assert sorted(map(id, calls)) == sorted(map(id, queries_and_keys)), "and no values"
+    calls.clear()
+    states[0].replay(block, 0)
+    assert {id(view.module) for view in views.weights} <= set(map(id, calls)), "the functions are as they were"
 
 
 def test_attentions_without_keys_of_their_own_and_state_spaces_are_named_as_what_they_are() -> None:
