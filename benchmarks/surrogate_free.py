@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 from admm_prune.methods.base import Recipe, Task
-from admm_prune.methods.elsa.baselines import Staged
+from admm_prune.methods.elsa.baselines import DensitySchedule, Staged
 from admm_prune.methods.elsa.elsa import Elsa
 from admm_prune.methods.elsa.engine import Engine
 from admm_prune.methods.elsa.session import Session
@@ -69,32 +70,39 @@ class LayersAtTheEnd(Elsa):
         Staged.project(self, session, target)
 
 
-# elsa with one of its parts exchanged, or taken away.
+# elsa with an update of z and u every 4 steps instead of every step, and with one of its parts exchanged, or taken away.
+_every_4 = partial(Elsa, interval=4)
 ABLATIONS: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Apart(name="elsa, x dense at the stages"),
-        LayersAtTheEnd(name="elsa, layers at the end"),
-        Elsa(name="elsa, rho 0", rho=0.0),
-        Elsa(name="elsa, a third of rho", rho=Elsa.rho / 3),
-        Elsa(name="elsa, three times rho", rho=3 * Elsa.rho),
-        Elsa(name="elsa, ten times rho", rho=10 * Elsa.rho),
-        Elsa(name="elsa, updates every step", interval=1),
-        Elsa(name="elsa, updates every step, a third of rho", interval=1, rho=Elsa.rho / 3),
-        Elsa(name="elsa, updates every step, three times rho", interval=1, rho=3 * Elsa.rho),
-        Elsa(name="elsa, updates every step, frozen for the last three quarters", interval=1, frozen=0.75),
+        _every_4(name="elsa, updates every 4 steps"),
+        Apart(name="elsa, x dense at the stages", interval=4),
+        LayersAtTheEnd(name="elsa, layers at the end", interval=4),
+        _every_4(name="elsa, rho 0", rho=0.0),
+        _every_4(name="elsa, a third of rho", rho=Elsa.rho / 3),
+        _every_4(name="elsa, three times rho", rho=3 * Elsa.rho),
+        _every_4(name="elsa, ten times rho", rho=10 * Elsa.rho),
+        Elsa(name="elsa, updates every step"),
+        Elsa(name="elsa, updates every step, a third of rho", rho=Elsa.rho / 3),
+        Elsa(name="elsa, updates every step, three times rho", rho=3 * Elsa.rho),
+        Elsa(name="elsa, updates every step, 1.7 times rho", rho=1.7 * Elsa.rho),
+        Elsa(name="elsa, updates every step, frozen for the last three quarters", frozen=0.75),
+        Elsa(name="elsa, updates every step, 1.5 times the rate", lr_multiplier=1.5),
+        Elsa(name="elsa, updates every step, twice the rate", lr_multiplier=2.0),
+        Elsa(name="elsa, updates every step, stages nearer to each other", schedule=DensitySchedule(ratio=0.7)),
+        Elsa(name="elsa, updates every step, target reached earlier", schedule=DensitySchedule(until=0.3)),
         Elsa(name="elsa, updates every 2 steps", interval=2),
         Elsa(name="elsa, updates every 32 steps", interval=32),
-        Elsa(name="elsa, by magnitude", power=0.0),
-        Elsa(name="elsa, in the metric F^(1/2)", power=0.25),
-        Elsa(name="elsa, frozen for the last quarter", frozen=0.25),
-        Elsa(name="elsa, frozen for the last three quarters", frozen=0.75),
-        Elsa(name="elsa, one stage", schedule=None),
-        Elsa(name="elsa, layers by magnitude", projection=LOCAL_METHODS["magnitude"]),
-        Elsa(name="elsa, layers by sparsegpt", projection=LOCAL_METHODS["sparsegpt"]),
-        Elsa(name="elsa, u in bfloat16", anchor="bfloat16"),
-        Elsa(name="elsa, half the rate", lr_multiplier=0.5),
-        Elsa(name="elsa, twice the rate", lr_multiplier=2.0),
+        _every_4(name="elsa, by magnitude", power=0.0),
+        _every_4(name="elsa, in the metric F^(1/2)", power=0.25),
+        _every_4(name="elsa, frozen for the last quarter", frozen=0.25),
+        _every_4(name="elsa, frozen for the last three quarters", frozen=0.75),
+        _every_4(name="elsa, one stage", schedule=None),
+        _every_4(name="elsa, layers by magnitude", projection=LOCAL_METHODS["magnitude"]),
+        _every_4(name="elsa, layers by sparsegpt", projection=LOCAL_METHODS["sparsegpt"]),
+        _every_4(name="elsa, u in bfloat16", anchor="bfloat16"),
+        _every_4(name="elsa, half the rate", lr_multiplier=0.5),
+        _every_4(name="elsa, twice the rate", lr_multiplier=2.0),
         Staged(name="staged, layers by magnitude", projection=LOCAL_METHODS["magnitude"]),
         Staged(name="staged, layers by sparsegpt", projection=LOCAL_METHODS["sparsegpt"]),
     )

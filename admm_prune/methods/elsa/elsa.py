@@ -45,7 +45,7 @@ class Elsa(Staged):
     name: str = "elsa"
     summary: str = "surrogate-free: ADMM on the model's own loss, down to the target in stages"
     rho: float = 10.0
-    interval: int = 4
+    interval: int = 1
     power: float = 0.5
     frozen: float = 0.5
     anchor: AnchorFormat = "full"
