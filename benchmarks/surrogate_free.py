@@ -70,7 +70,7 @@ class LayersAtTheEnd(Elsa):
         Staged.project(self, session, target)
 
 
-# elsa with an update of z and u every 4 steps instead of every step, and with one of its parts exchanged, or taken away.
+# elsa with an update of z and u every 4 steps, or every step as by default, and one of its parts exchanged or removed.
 _every_4 = partial(Elsa, interval=4)
 ABLATIONS: dict[str, Recipe] = {
     recipe.name: recipe

@@ -67,7 +67,21 @@ def _overview(rows: dict[str, record.Row]) -> str:
             figures = [_percent(statistics.median(gaps)), _percent(max(gaps))] if gaps else ["", ""]
             label = f"{subset}, stacks of rows" if stacks else subset
             lines.append([label, *map(str, (len(layers), len(names), *counts)), *figures])
-    return f"## Coverage\n\n{markdown_lines(lines)}"
+    return f"""## Coverage
+
+{markdown_lines(lines)}
+Layers that are built on demand are rounded otherwise on another machine, which changes values at a given point by about
+1e-7. A value or a bound is that of the problem as it was where it was found: {_of_other_rounding(rows)} values and
+bounds are not of the data in the manifest."""
+
+
+def _of_other_rounding(rows: dict[str, record.Row]) -> int:
+    entries = build.manifest()
+    return sum(
+        row[f"{what}_problem"] not in ("", _entry(name, entries)["fingerprints"][name.partition("/")[2]])
+        for name, row in rows.items()
+        for what in ("value", "bound")
+    )
 
 
 def _entry(problem: str, entries: Mapping[str, Entry]) -> Entry:

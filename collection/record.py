@@ -8,6 +8,10 @@ the files of the record are not available, or not those of the table, the sums a
 up to ten digits, and bounds down. The files of committed problems are in `solutions/`, those of others in
 `built/solutions/`, with their SHA-256 in the table; the command under `settings` makes them again. Several commands may
 offer records concurrently.
+
+A problem that was built on another machine differs from that of the manifest by rounding. Solutions and certificates
+are checked with the problem that they were made for, whose fingerprint is in the table, and must then be better than
+the record by more than the rounding. The gap is that of both records, each with its own problem.
 """
 
 from __future__ import annotations
@@ -37,11 +41,12 @@ TABLE = build.FOLDER / "records.csv"
 NOTES = ("solver", "settings", "seconds", "date", "holder")  # of a solution and of a certificate
 COLUMNS = (
     *("id", "energy", "value", "bound", "gap", "worst_row_gap"),
-    *(f"value_{name}" for name in (*NOTES, "sha256")),
-    *(f"bound_{name}" for name in (*NOTES, "sha256")),
+    *(f"value_{name}" for name in (*NOTES, "sha256", "problem")),
+    *(f"bound_{name}" for name in (*NOTES, "sha256", "problem")),
 )
 _KEPT = {"value": "solution", "bound": "certificate"}  # the files behind the columns
 _BETTER = 1e-7  # relative: less is rounding, and no record
+_BETTER_REBUILT = 1e-5  # of a problem with other rounding
 _LONGEST_NOTE = 4000  # characters
 Row = dict[str, str]
 
@@ -116,15 +121,15 @@ def offer(problem: str, solution: Path | None, certificate: Path | None = None, 
         rows = records()
         row = rows.get(problem, dict.fromkeys(COLUMNS, "") | {"id": problem})
         before = dict(row)
-        row["energy"] = f"{checker.energy(loaded):.10g}"
+        row["energy"] = row["energy"] or f"{checker.energy(loaded):.10g}"
         offers = [
             None if solution is None else _offer_solution(loaded, row, solution, holder),
             None if certificate is None else _offer_certificate(loaded, row, certificate, holder),
         ]
         better = {what: given for what, given in zip(_KEPT, offers, strict=True) if given is not None and given.changes}
         if better:
-            for given in better.values():
-                row |= given.changes
+            for what, given in better.items():
+                row |= given.changes | {f"{what}_problem": loaded.fingerprint}
             row["gap"], row["worst_row_gap"] = _gaps(loaded, before, row, better)
             for what, given in better.items():  # nothing above has changed a file
                 given.write()
@@ -139,7 +144,7 @@ def _offer_solution(problem: Problem, row: Row, path: Path, holder: str | None) 
     weight, notes = checker.load_weight(path, problem), _named(checker.read(path, "solution")[1], holder)
     weight = weight.astype(np.float32).astype(np.float64)  # as it is stored
     reached = checker.value(problem, weight)
-    better = not row["value"] or reached.upper < _beyond(float(row["value"]), -1)
+    better = not row["value"] or reached.upper < _beyond(float(row["value"]), -1, _margin(problem, row, "value"))
     if problem.is_stack and _is_recorded(problem.id, row, "value"):
         known = checker.load_weight(kept, problem)
         before = checker.value(problem, known).rows[:, 1]
@@ -159,7 +164,7 @@ def _offer_certificate(problem: Problem, row: Row, path: Path, holder: str | Non
     kept = place_of(problem.id, "certificate")
     tensors, notes = checker.read(path, "certificate")
     kind, proved, notes = notes["kind"], checker.bound(problem, path), _named(notes, holder)
-    better = not row["bound"] or proved.value > _beyond(float(row["bound"]), 1)
+    better = not row["bound"] or proved.value > _beyond(float(row["bound"]), 1, _margin(problem, row, "bound"))
     if problem.is_stack and _is_recorded(problem.id, row, "bound"):
         known, before = checker.read(kept, "certificate"), checker.bound(problem, kept)
         assert proved.rows is not None
@@ -178,9 +183,13 @@ def _offer_certificate(problem: Problem, row: Row, path: Path, holder: str | Non
     return _Offer(line, proved.rows, changes, partial(write_certificate, kept, problem, kind, tensors, stated))
 
 
-def _beyond(numbers: Any, sign: int) -> Any:
-    """Numbers moved up (sign 1) or down (sign -1) by a tolerance for rounding, which an improvement must exceed."""
-    return numbers + sign * _BETTER * np.abs(numbers)
+def _beyond(numbers: Any, sign: int, margin: float = _BETTER) -> Any:
+    """Numbers moved up (sign 1) or down (sign -1) by a relative margin for rounding, which a record must exceed."""
+    return numbers + sign * margin * np.abs(numbers)
+
+
+def _margin(problem: Problem, row: Row, what: str) -> float:
+    return _BETTER if row[f"{what}_problem"] == problem.fingerprint else _BETTER_REBUILT
 
 
 def _is_recorded(problem: str, row: Row, what: str) -> bool:
@@ -239,7 +248,8 @@ def _gaps(problem: Problem, before: Row, row: Row, better: Mapping[str, _Offer])
     """
     if not row["value"] or not row["bound"]:
         return "", ""
-    if float(row["bound"]) > float(row["value"]):
+    margin = 0.0 if row["value_problem"] == row["bound_problem"] else _BETTER_REBUILT
+    if float(row["bound"]) > _beyond(float(row["value"]), 1, margin):
         raise CheckError(f"{problem.id}: the bound {row['bound']} is above the value {row['value']}: report this error")
     gap = f"{checker.gap(float(row['value']), float(row['bound'])):.4g}"
     if not problem.is_stack:

@@ -352,6 +352,76 @@ def test_a_file_with_other_sets_is_not_that_of_the_manifest(small: Path, sets: d
         export(small / "out", "tiny")
 
 
+def rebuilt(folder: Path, factor: float, *, committed: bool = False, layer: str = "tiny") -> Problem:
+    """The problem of `layer` in a collection where it is not committed, with H times a factor."""
+    entries = build.manifest()
+    loaded = next(iter(checker.load_problems(folder / f"problems/{layer}.safetensors").values()))
+    energy = float(f"{checker.energy(loaded):.10g}")
+    entries[layer] |= {"committed": committed, "energy": energy}
+    (folder / "problems.json").write_text(json.dumps(entries))
+    path = folder / ("problems" if committed else "built") / f"{layer}.safetensors"
+    hessian = (loaded.hessian * factor).astype(np.float32)
+    write_problem(path, layer, loaded.weight.astype(np.float32), hessian, {"row": SETS["row"]}, {})
+    return build.load(f"{layer}/row")
+
+
+def test_records_of_a_problem_that_was_rounded_otherwise_must_be_better_by_more(small: Path) -> None:
+    first = rebuilt(small, 1.0)
+    assert first.fingerprint == build.manifest()["tiny"]["fingerprints"]["row"]
+    good = producers.solution(first)
+    offered(small, first, good * 1.001, "first", **producers.dual(first, np.random.default_rng(1)))
+    row = record.records()["tiny/row"]
+    assert row["value_problem"] == row["bound_problem"] == first.fingerprint
+    other = rebuilt(small, 1 - 5e-7)
+    assert other.fingerprint != first.fingerprint
+    (line,) = offered(small, other, good * 1.001, "other")  # lower, by the rounding
+    assert "not below" in line
+    assert record.records()["tiny/row"] == row
+    offered(small, other, good, "other")
+    after = record.records()["tiny/row"]
+    assert (after["value_solver"], after["value_problem"]) == ("other", other.fingerprint)
+    assert (after["bound_problem"], after["energy"]) == (first.fingerprint, row["energy"])
+    again = rebuilt(small, 1.0)
+    assert "not below" in offered(small, again, good, "again")[0]
+
+
+def test_a_bound_of_another_rounding_may_exceed_the_value_by_it_alone(small: Path) -> None:
+    problem = rebuilt(small, 1.0)
+    row = dict.fromkeys(record.COLUMNS, "") | {"value": "1", "value_problem": "a", "bound_problem": "b"}
+    assert record._gaps(problem, row, row | {"bound": "1.000001"}, {})[0] == "0"
+    for changed in ({"bound": "1.0001"}, {"bound": "1.000001", "bound_problem": "a"}):
+        with pytest.raises(checker.CheckError, match="is above the value"):
+            record._gaps(problem, row, row | changed, {})
+
+
+def test_more_than_rounding_is_refused(small: Path) -> None:
+    """As are committed files with any difference, and stacks, whose rows all have the same energy."""
+    for factor, how in ((1 + 2e-6, {}), (1 - 5e-7, {"committed": True}), (1 - 5e-7, {"layer": "tiny.rows"})):
+        with pytest.raises(UserError, match="another SHA-256 than the manifest, by more than rounding"):
+            rebuilt(small, factor, **how)  # type: ignore[arg-type]
+
+
+def test_build_tells_rounding_from_other_data(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = rebuilt(small, 1.0)
+    build.place_of("tiny").unlink()
+    entry = {**build.manifest()["tiny"], "block": 0, "tokens": 9, "ridge": "0"}
+    monkeypatch.setattr(build, "sources", lambda _: [build.Source("tiny", "", "", 9, (0, 0, 0), ())])
+    monkeypatch.setattr(build, "subset_of", lambda *_: ("small", False))
+    for factor in (1 - 5e-7, 1.1):
+        data = (loaded.weight.astype(np.float32), (loaded.hessian * factor).astype(np.float32))
+        monkeypatch.setattr(build, "layers_of", lambda _, data=data: iter([("tiny", entry, *data)]))
+        if factor == 1.1:
+            with pytest.raises(SystemExit, match="1 layers differ from the manifest: its records do not apply"):
+                build.main(["--out", str(small / "built")])
+            assert "tiny differs from the manifest in its data" in capsys.readouterr().out
+        else:
+            build.main(["--out", str(small / "built")])
+            assert "1 layers differ from the manifest by rounding (tiny)" in capsys.readouterr().out
+            assert build.load("tiny/row").fingerprint != loaded.fingerprint
+
+
 def test_build_replaces_a_file_with_other_sets(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = small / "problems/tiny.safetensors"
     tensors, metadata = checker.read(path, "problem")
@@ -362,12 +432,12 @@ def test_build_replaces_a_file_with_other_sets(small: Path, monkeypatch: pytest.
     monkeypatch.setattr(build, "layers_of", lambda _: iter([("tiny", entry, *data)]))
     monkeypatch.setattr(build, "subset_of", lambda *_: ("small", True))
     given = argparse.Namespace(layers="tiny*", subset=None, write_manifest=False, out=small / "built")
-    assert build.build(given) == (0, [])
+    assert build.build(given) == (0, [], [])
     save_file(tensors, path, {**metadata, "sets": json.dumps({"row": {"kind": "row", "keep": 3}})})
-    assert build.build(given) == (1, [])
+    assert build.build(given) == (1, [], [])
     assert build.load("tiny/row").set == SETS["row"]
     entry["sets"] = {"row": {"kind": "row", "keep": 3}}
-    count, (line,) = build.build(given)
+    count, _, (line,) = build.build(given)
     assert (count, line[:44]) == (0, "tiny differs from the manifest in its sets (")
 
 
@@ -455,7 +525,7 @@ def test_the_manifest_is_written_for_the_layers_that_are_named(small: Path, monk
     monkeypatch.setattr(build, "sources", lambda _: [build.Source("tiny", "", "", 9, (0, 0, 0), ())])
     monkeypatch.setattr(build, "layers_of", layers)
     given = argparse.Namespace(layers="*.new", subset=None, write_manifest=True, out=small / "built")
-    assert build.build(given) == (1, [])
+    assert build.build(given) == (1, [], [])
     after = build.manifest()
     assert set(after) == {*before, "tiny.new"}
     assert {name: after[name] for name in before} == before
