@@ -159,15 +159,15 @@ class ModelMixing:
 @contextmanager
 def _computing(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Within it a module computes another function. Its hooks are called as before."""
-    own = vars(module).get("forward")  # set by libraries that wrap modules
+    before = vars(module).get("forward")  # set by libraries that wrap modules
     module.forward = forward
     try:
         yield
     finally:
-        if own is None:
+        if before is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = before
 
 
 def _keep(outputs: dict[nn.Module, list[Tensor]], module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:

@@ -155,7 +155,7 @@ class AttentionOutput:
         self.constraints, self.damped, self.all_reduce = constraints, damped or {}, all_reduce
         self.tolerance, self.max_iterations = tolerance, max_iterations
         self.biases = biases or {}
-        # Of the values asked for last: an alternation needs each several times, and the attention has to be run for it.
+        # Of the last values: an alternation needs each several times, and the attention has to be run for it.
         self._output_problems: list[tuple[Tensor, Closing]] = []
         heads = tokens.mixing.heads
         if weights["output"].shape[1] % heads:
@@ -306,7 +306,7 @@ class AttentionOutput:
             yield tokens.mixing.mix(number, values), targets
 
     def _output_problem(self, x: Point) -> Closing:
-        """That of the given values: held until `_HELD` others were asked for."""
+        """That of the given values: held until `_HELD` others were made."""
         for values, known in self._output_problems:
             if torch.equal(values, x["value"]):
                 return known
@@ -361,13 +361,13 @@ class AttentionOutput:
         products = weight.new_zeros(len(gram), len(self.weights["output"]) + (1 + heads if self.biases else 0))
         for number, inputs, targets in self._sample():
             mixed = self._mixed_inputs(number, inputs).flatten(1)
-            for own in columns:
-                gram[own.start :, own].addmm_(mixed[:, own.start :].T, mixed[:, own])
+            for head in columns:
+                gram[head.start :, head].addmm_(mixed[:, head.start :].T, mixed[:, head])
             if self.biases:
                 targets = torch.cat([targets, self._constants(number, inputs)], 1)
             products.addmm_(mixed.T, targets)
-        for own in columns:
-            gram[own, own.stop :] = gram[own.stop :, own].T
+        for head in columns:
+            gram[head, head.stop :] = gram[head.stop :, head].T
         return self.all_reduce(gram.mul_(self._scaling)), self.all_reduce(products.mul_(self._scaling))
 
     @property
