@@ -495,7 +495,7 @@ def test_steps_that_were_skipped_are_reported(
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        (Elsa(steps=8, batch_size=4, lr=1e-3), "no update of z and u fits into 8 steps of training"),
+        (Elsa(steps=8, interval=8, batch_size=4, lr=1e-3), "no update of z and u fits into 8 steps of training"),
         (Gradual(steps=16, batch_size=4, lr=1e-3), "all weights were removed at once, in 16 steps"),
         (Staged(steps=2, batch_size=4), "one step trained"),
         (Elsa(steps=24, batch_size=4, lr=1e-3), ""),
