@@ -146,7 +146,8 @@ class ModelMixing:
             stack.enter_context(in_dtype(self._block.module, self.dtype))
             for module in {view.module for view in views.weights} - {views.value.module, views.output.module}:
                 if len(projected.get(module, ())) == 1:  # a module may be called several times
-                    stack.enter_context(_computing(module, lambda *_, known=projected[module][0], **__: known))
+                    # A copy, which the block may change in place.
+                    stack.enter_context(_computing(module, lambda *_, known=projected[module][0], **__: known.clone()))
                 elif module not in projected:
                     stack.enter_context(module.register_forward_hook(partial(_keep, projected)))
             stack.enter_context(_computing(views.value.module, project))

@@ -109,11 +109,11 @@ class AttentionOutput:
 
     "value", for a given O, has the Hessian sum_hh' (O_h^T O_h') x (M_h^T M_h') with M_h = A_h X, whose terms belong to
     the groups of h and h'. Its unconstrained minimum is found by conjugate gradients, with [M_h^T M_h'] (H d, H d), or
-    where that is too large with products over the tokens; the Hessian itself is never formed. Of 64 d tokens or more
-    only every k-th span is read for it, for the largest k that leaves about 32 d. The inner solver prunes it in the
-    separable metric c_r H, H = sum_h |O_h|^2 M_h^T M_h / sum_h |O_h|^2 and c_r = sum_h |O_h e_r|^2 over the heads that
-    read row r: its rows are scaled by sqrt(c_r) to the nearest power of two, so that a budget of the whole matrix goes
-    where the output projection reads it. The weights that are left are then fitted to the objective itself.
+    where that is too large with products over the tokens; the Hessian itself is never formed. It is fitted to every
+    k-th span, k = max(1, floor(n / 32 d)) for n tokens. The inner solver prunes it in the separable metric c_r H,
+    H = sum_h |O_h|^2 M_h^T M_h / sum_h |O_h|^2 and c_r = sum_h |O_h e_r|^2 over the heads that read row r: its rows are
+    scaled by sqrt(c_r) to the nearest power of two, so that a budget of the whole matrix goes where the output
+    projection reads it. The weights that are left are then fitted to the objective itself.
 
     `Safeguarded`: once both are in their sets, a solution of a block that raises `value`, on all tokens, is rejected,
     so that `value` never rises.
