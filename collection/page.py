@@ -72,7 +72,8 @@ def _overview(rows: dict[str, record.Row]) -> str:
 {markdown_lines(lines)}
 Layers that are built on demand are rounded otherwise on another machine, which changes values at a given point by about
 1e-7. A value or a bound is that of the problem as it was where it was found: {_of_other_rounding(rows)} values and
-bounds are not of the data in the manifest."""
+bounds are of data that differ from those of the manifest by rounding.
+"""
 
 
 def _of_other_rounding(rows: dict[str, record.Row]) -> int:
