@@ -19,7 +19,7 @@ from admm_prune.problems.constraints import FREE, Product, SparseSet
 from admm_prune.problems.layer import AllReduce, LayerReconstruction, single_process
 from admm_prune.statistics import GramAccumulator, TargetAccumulator
 
-_TOKENS_PER_INPUT = 32  # sampled beyond: the G e d weights of V are then at most d / T = 1/32 of the T m equations
+_TOKENS_PER_INPUT = 16  # sampled beyond: the G e d weights of V are then at most d / T = 1/16 of the T m equations
 _HELD = 2  # output problems: of the values before and after a step
 _MIXED_ENTRIES = 1 << 26  # of the mixed inputs of all heads that are gathered at once: tokens are sampled beyond
 _LEAST_SENSITIVITY = 1e-6  # of a row of the value projection, relative to the mean
@@ -110,7 +110,7 @@ class AttentionOutput:
     "value", for a given O, has the Hessian sum_hh' (O_h^T O_h') x (M_h^T M_h') with M_h = A_h X, whose terms belong to
     the groups of h and h'. Its unconstrained minimum is found by conjugate gradients, with [M_h^T M_h'] (H d, H d), or
     where that is too large with products over the tokens; the Hessian itself is never formed. It is fitted to every
-    k-th span, k = max(1, floor(n / 32 d)) for n tokens. The inner solver prunes it in the separable metric c_r H,
+    k-th span, k = max(1, floor(n / 16 d)) for n tokens. The inner solver prunes it in the separable metric c_r H,
     H = sum_h |O_h|^2 M_h^T M_h / sum_h |O_h|^2 and c_r = sum_h |O_h e_r|^2 over the heads that read row r: its rows are
     scaled by sqrt(c_r) to the nearest power of two, so that a budget of the whole matrix goes where the output
     projection reads it. The weights that are left are then fitted to the objective itself.
