@@ -38,7 +38,7 @@ from admm_prune.methods.local import Method
 from admm_prune.methods.part_checks import Checked
 from admm_prune.models.loading import load
 from admm_prune.models.structure import decoder_blocks
-from admm_prune.problems.attention import conjugate_gradient
+from admm_prune.ops.quadratic import conjugate_gradient
 from admm_prune.problems.layer import LayerReconstruction
 from admm_prune.runs.results import Report
 from benchmarks.machine import headline, machine

@@ -199,7 +199,9 @@ def problems_of(layer: str) -> dict[str, checker.Problem]:
         raise UserError(str(error)) from error
     entry = manifest()[layer]
     if _fingerprints_in(problems) != entry["fingerprints"] and not _is_rebuilt(problems, entry):
-        raise UserError(f"{path} has another SHA-256 than the manifest, by more than rounding: build it again")
+        strict = entry["committed"] or next(iter(problems.values())).is_stack
+        how = "and such a file must be the same to the bit" if strict else "by more than rounding: build it again"
+        raise UserError(f"{path} has another SHA-256 than the manifest, {how}")
     return problems
 
 

@@ -121,7 +121,10 @@ def offer(problem: str, solution: Path | None, certificate: Path | None = None, 
         rows = records()
         row = rows.get(problem, dict.fromkeys(COLUMNS, "") | {"id": problem})
         before = dict(row)
-        row["energy"] = row["energy"] or f"{checker.energy(loaded):.10g}"
+        energy = checker.energy(loaded)
+        row["energy"] = row["energy"] or f"{energy:.10g}"
+        if abs(float(row["energy"]) - energy) > build.SAME_ENERGY * energy:
+            raise CheckError(f"{problem}: the record is that of other data, of the energy {row['energy']}: remove it")
         offers = [
             None if solution is None else _offer_solution(loaded, row, solution, holder),
             None if certificate is None else _offer_certificate(loaded, row, certificate, holder),

@@ -172,7 +172,7 @@ def _computing(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[No
 
 
 def _keep(outputs: dict[nn.Module, list[Tensor]], module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-    outputs.setdefault(module, []).append(output)
+    outputs.setdefault(module, []).append(output.clone())  # the block may change it in place
 
 
 def _keep_and_stop(seen: list[Tensor], _: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -228,6 +228,39 @@ def _solve_rows(solution: Tensor, correction: Tensor, hessian: Tensor, mask: Ten
     right = correction[rows].gather(1, columns).masked_fill_(~present, 0)
     step = torch.cholesky_solve(right[:, :, None], torch.linalg.cholesky(blocks))[:, :, 0]
     solution[rows] = solution[rows].scatter_add(1, columns, step.masked_fill_(~present, 0))
+
+
+def conjugate_gradient(
+    system: Callable[[Tensor], Tensor],
+    right: Tensor,
+    start: Tensor,
+    mask: Tensor,
+    inverse: Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> Tensor:
+    """Solves `system(v) = right` on the entries of a mask, preconditioned by a diagonal `inverse`.
+
+    Stops at a residual of `tolerance` times the right-hand side, both in the norm of the preconditioner.
+    """
+    v = start.clone()
+    residual = (right - system(v)).where(mask, 0)
+    direction = residual * inverse
+    squared = inner(residual, direction)
+    limit = tolerance**2 * inner(right.where(mask, 0), right * inverse)
+    for _ in range(max_iterations):
+        if squared <= limit:
+            break
+        product = system(direction).where(mask, 0)
+        curvature = inner(direction, product)
+        if curvature <= 0:  # rounding: the residual is as small as it gets
+            break
+        v.add_(direction, alpha=squared / curvature)
+        residual.add_(product, alpha=-squared / curvature)
+        preconditioned = residual * inverse
+        before, squared = squared, inner(residual, preconditioned)
+        direction.mul_(squared / before).add_(preconditioned)
+    return v
 
 
 def conjugate_gradient_on_support_(

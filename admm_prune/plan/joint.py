@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from itertools import chain
@@ -20,7 +21,7 @@ from admm_prune.models.capture import BlockStream
 from admm_prune.models.structure import Block
 from admm_prune.plan.counting import Cost, Counting, Stage, Work, measured_cost
 from admm_prune.plan.trials import LayerTrial, estimated
-from admm_prune.problems.attention import AttentionOutput, stride_of_sample
+from admm_prune.problems.attention import AttentionOutput, sample_size
 
 PARTS = "weights, gradients and moments"
 # Of the pruned matrices in float32: start, point, best point, gradient as made and as it is returned, two moments, mask
@@ -51,15 +52,17 @@ def coordinating(
     with measured_cost(counting) as forward:
         stream.preview(index)
     biases = views.value.bias is not None or views.output.bias is not None
-    stride = stride_of_sample(tokens, inputs)
-    sampled, sampled_batches = tokens / stride, batches / stride
+    sampled_batches = min(batches, math.ceil(sample_size(tokens, inputs) / first.mask.numel()))
+    sampled = sampled_batches * first.mask.numel()
     of_sample = -(-inputs // views.size) + biases  # inputs are mixed in columns, as many as a head has at once
     work = mixing.work * (_PASSES * batches + of_sample * sampled_batches)
     work += mixing.work * (_HELD_OUT_PASSES * held_out_batches + 3)  # 3: are they linear?
     work += forward.work * (batches + held_out_batches)  # the dense outputs
     held = 0
     if mixed <= AttentionOutput.widest:
-        held = _FLOAT * mixed * (mixed + views.output.shape[0])
+        held = (
+            _FLOAT * mixed * (mixed + views.output.shape[0] + 2 * first.mask.numel())
+        )  # of a batch, in parts and joined
         width = views.output.shape[1]
         iterations = _FITS * (ITERATIONS + 1) * 2 * (views.size * mixed**2 + width**2 * inputs)
         below = mixed * (mixed + inputs) + 2 * mixed * views.output.shape[0]  # of the Gram, and with the targets

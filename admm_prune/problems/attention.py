@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -109,8 +109,8 @@ class AttentionOutput:
 
     "value", for a given O, has the Hessian sum_hh' (O_h^T O_h') x (M_h^T M_h') with M_h = A_h X, whose terms belong to
     the groups of h and h'. Its unconstrained minimum is found by conjugate gradients, with [M_h^T M_h'] (H d, H d), or
-    where that is too large with products over the tokens; the Hessian itself is never formed. It is fitted to every
-    k-th span, k = max(1, floor(n / 16 d)) for n tokens. The inner solver prunes it in the separable metric c_r H,
+    where that is too large with products over the tokens; the Hessian itself is never formed. Of a long text it is
+    fitted to some spans, evenly, with 16 d tokens or more. The inner solver prunes it in the separable metric c_r H,
     H = sum_h |O_h|^2 M_h^T M_h / sum_h |O_h|^2 and c_r = sum_h |O_h e_r|^2 over the heads that read row r: its rows are
     scaled by sqrt(c_r) to the nearest power of two, so that a budget of the whole matrix goes where the output
     projection reads it. The weights that are left are then fitted to the objective itself.
@@ -183,7 +183,8 @@ class AttentionOutput:
         return Point({**x, "bias": self.biases["output"]}) if "output" in self.biases else x
 
     def value(self, x: Point) -> float:
-        """From moments of the head outputs: accurate relative to |Y|^2, to the rounding of the dtype of the weights."""
+        """A difference of energies, from moments of the head outputs: accurate to their rounding in the dtype of the
+        weights, relative to tr(|O| |Z^T Z| |O|^T), which exceeds |Y|^2 where heads cancel each other."""
         return self._output_problem(x).squared_error(x["output"], x.get("bias"))
 
     def validation_loss(self, x: Point) -> float:
@@ -220,15 +221,14 @@ class AttentionOutput:
 
     def safeguarded(self, before: Point, after: Point, name: str) -> Point:
         """`after`, with the values fitted to the exact objective on their support; or `before`, if it is in the sets
-        and its value is less.
-
-        What it returns must not be changed in place.
-        """
+        and its value is less, or `after` is not finite."""
         if name == "value":
             value = self.fitted_value(after["output"], after, after["value"], after["value"] != 0)
             after = Point({**after, "value": value})
-        if self.constraint.contains(before) and not self.value(after) <= self.value(before):
-            return before
+        if self.constraint.contains(before):
+            known = self.value(before)
+            if not (after.is_finite() and self.value(after) <= known):
+                return before
         return after
 
     def fitted_value(self, output: Tensor, x: Point, start: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -257,7 +257,7 @@ class AttentionOutput:
         def system(v: Tensor) -> Tensor:
             return self._hessian_times(v, square) + anchor * v
 
-        return conjugate_gradient(system, right, v, allowed, inverse, self.tolerance, self.max_iterations)
+        return quadratic.conjugate_gradient(system, right, v, allowed, inverse, self.tolerance, self.max_iterations)
 
     def _scale(self, output: Tensor) -> Tensor:
         """sqrt(c) (G e, 1), rounded to powers of two: scaling by them is exact."""
@@ -277,23 +277,35 @@ class AttentionOutput:
     def _count(self) -> int:
         return int(self.all_reduce(torch.tensor(len(self.tokens.inputs))))
 
-    def _chunks(self, tokens: AttentionTokens, stride: int = 1) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The number, inputs and targets of every `stride`-th span."""
-        for number, span in list(enumerate(tokens.mixing.spans))[::stride]:
-            yield number, tokens.inputs[span].to(self.weights["value"]), tokens.targets[span].to(self.weights["value"])
+    def _chunks(
+        self, tokens: AttentionTokens, numbers: Iterable[int] | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The number, inputs and targets of some spans, by default of all."""
+        spans = tokens.mixing.spans
+        for number in range(len(spans)) if numbers is None else numbers:
+            inputs, targets = tokens.inputs[spans[number]], tokens.targets[spans[number]]
+            yield number, inputs.to(self.weights["value"]), targets.to(self.weights["value"])
 
     def _sample(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The spans that the values are fitted on: all, or some of a long text."""
-        return self._chunks(self.tokens, self._stride)
+        """The spans that the values are fitted on."""
+        return self._chunks(self.tokens, self._sampled)
 
     @cached_property
-    def _stride(self) -> int:
-        return stride_of_sample(len(self.tokens.inputs), self.weights["value"].shape[1])
+    def _sampled(self) -> list[int]:
+        """The numbers of spans that have, evenly, at least `sample_size` tokens in all processes together."""
+        size = sample_size(self._count, self.weights["value"].shape[1])
+        chosen, taken, passed = [], 0, 0
+        for number, span in enumerate(self.tokens.mixing.spans):
+            passed += span.stop - span.start
+            if taken * self._count < passed * size:
+                chosen.append(number)
+                taken += span.stop - span.start
+        return chosen
 
     @cached_property
     def _scaling(self) -> float:
         """By which a sum over the sample is scaled to all tokens."""
-        spans = self.tokens.mixing.spans[:: self._stride]
+        spans = [self.tokens.mixing.spans[number] for number in self._sampled]
         sampled = self.all_reduce(torch.tensor(sum(span.stop - span.start for span in spans)))
         return self._count / max(1, int(sampled))
 
@@ -306,9 +318,10 @@ class AttentionOutput:
             yield tokens.mixing.mix(number, values), targets
 
     def _output_problem(self, x: Point) -> Closing:
-        """That of the given values: held until `_HELD` others were made."""
-        for values, known in self._output_problems:
+        """That of the given values: held until `_HELD` others were used."""
+        for place, (values, known) in enumerate(self._output_problems):
             if torch.equal(values, x["value"]):
+                self._output_problems.append(self._output_problems.pop(place))
                 return known
         weight = self.weights["output"]
         bias = "bias" in x
@@ -350,7 +363,8 @@ class AttentionOutput:
     def _mixed_moments(self) -> tuple[Tensor, Tensor] | None:
         """[M_h^T M_h'] (H d, H d), and M_h^T times the targets and, with biases, `_constants` (H d, m [+ 1 + H]).
 
-        None where they are too large. In the dtype of the weights: `safeguarded` sees to it that rounding is harmless.
+        The targets less the constant outputs of the dense weights. None where they are too large. In the dtype of the
+        weights: its rounding changes what is proposed, which `safeguarded` rejects where it is no better.
         """
         weight = self.weights["value"]
         heads, width = self.tokens.mixing.heads, weight.shape[1]
@@ -364,7 +378,8 @@ class AttentionOutput:
             for head in columns:
                 gram[head.start :, head].addmm_(mixed[:, head.start :].T, mixed[:, head])
             if self.biases:
-                targets = torch.cat([targets, self._constants(number, inputs)], 1)
+                constants = self._constants(number, inputs)
+                targets = torch.cat([targets - constants @ self._dense_constant_outputs, constants], 1)
             products.addmm_(mixed.T, targets)
         for head in columns:
             gram[head, head.stop :] = gram[head.stop :, head].T
@@ -384,11 +399,11 @@ class AttentionOutput:
             blocks = self._mixed_gram.unflatten(0, (heads, width)).unflatten(2, (heads, width))
             metric: Tensor = torch.einsum("hihj,h->ij", blocks, strength)
             return (metric + metric.T) / 2
-        gram = GramAccumulator(width, self.weights["value"].device)
+        gram, scaling = GramAccumulator(width, self.weights["value"].device), self._scaling
         for number, inputs, _ in self._sample():
             stride = -(-len(inputs) * heads * width // _MIXED_ENTRIES)
             mixed = self._mixed_inputs(number, inputs, stride)
-            gram.add(mixed * (strength * stride * self._scaling).sqrt()[:, None])
+            gram.add(mixed * (strength * stride * scaling).sqrt()[:, None])
         gram.join(self.all_reduce)
         return gram.gram.to(self.weights["value"])
 
@@ -422,7 +437,8 @@ class AttentionOutput:
         if self._mixed_moments is not None:
             products = self._mixed_moments[1]
             if constants is not None:
-                products = products[:, :count] - products[:, count:] @ constants
+                change = constants - self._dense_constant_outputs
+                products = products[:, :count] - products[:, count:] @ change
             products = products.unflatten(0, (self.tokens.mixing.heads, -1))
             heads: Tensor = torch.einsum("mhe,hdm->hed", output.unflatten(1, (-1, self._size)), products)
             groups: Tensor = heads.unflatten(0, (len(self.weights["value"]) // self._size, -1)).sum(1)
@@ -433,6 +449,10 @@ class AttentionOutput:
                 targets = targets - self._constants(number, inputs) @ constants
             total += (mixing.unmix(number, targets @ output).T @ inputs).double()
         return self.all_reduce(total.mul_(self._scaling)).to(self.weights["value"])
+
+    @property
+    def _dense_constant_outputs(self) -> Tensor:
+        return self._constant_outputs(self.weights["output"], self.biases.get("output"))
 
     def _constants(self, number: int, inputs: Tensor) -> Tensor:
         """[1, A_1 1, ..., A_H 1] (n, 1 + H) of a span: what biases are multiplied with."""
@@ -450,39 +470,6 @@ class AttentionOutput:
         return torch.cat([first[None], rows])
 
 
-def stride_of_sample(tokens: int, width: int) -> int:
-    """Every which span the values are fitted on, for inputs of a width d."""
-    return max(1, tokens // (_TOKENS_PER_INPUT * width))
-
-
-def conjugate_gradient(
-    system: Callable[[Tensor], Tensor],
-    right: Tensor,
-    start: Tensor,
-    mask: Tensor,
-    inverse: Tensor,
-    tolerance: float,
-    max_iterations: int,
-) -> Tensor:
-    """Solves `system(v) = right` on the entries of a mask, preconditioned by a diagonal `inverse`.
-
-    Stops at a residual of `tolerance` times the right-hand side, both in the norm of the preconditioner.
-    """
-    v = start.clone()
-    residual = (right - system(v)).where(mask, 0)
-    direction = residual * inverse
-    squared = quadratic.inner(residual, direction)
-    limit = tolerance**2 * quadratic.inner(right.where(mask, 0), right * inverse)
-    for _ in range(max_iterations):
-        if squared <= limit:
-            break
-        product = system(direction).where(mask, 0)
-        curvature = quadratic.inner(direction, product)
-        if curvature <= 0:  # rounding: the residual is as small as it gets
-            break
-        v.add_(direction, alpha=squared / curvature)
-        residual.add_(product, alpha=-squared / curvature)
-        preconditioned = residual * inverse
-        before, squared = squared, quadratic.inner(residual, preconditioned)
-        direction.mul_(squared / before).add_(preconditioned)
-    return v
+def sample_size(tokens: int, width: int) -> int:
+    """The number of tokens that the values are fitted on at least, for inputs of a width d."""
+    return min(tokens, _TOKENS_PER_INPUT * width)

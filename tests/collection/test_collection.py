@@ -383,6 +383,9 @@ def test_records_of_a_problem_that_was_rounded_otherwise_must_be_better_by_more(
     assert (after["bound_problem"], after["energy"]) == (first.fingerprint, row["energy"])
     again = rebuilt(small, 1.0)
     assert "not below" in offered(small, again, good, "again")[0]
+    record.write_records({"tiny/row": after | {"energy": f"{1.1 * float(after['energy']):.10g}"}})
+    with pytest.raises(checker.CheckError, match="the record is that of other data"):
+        offered(small, again, good, "again")
 
 
 def test_a_bound_of_another_rounding_may_exceed_the_value_by_it_alone(small: Path) -> None:
@@ -396,8 +399,13 @@ def test_a_bound_of_another_rounding_may_exceed_the_value_by_it_alone(small: Pat
 
 def test_more_than_rounding_is_refused(small: Path) -> None:
     """As are committed files with any difference, and stacks, whose rows all have the same energy."""
-    for factor, how in ((1 + 2e-6, {}), (1 - 5e-7, {"committed": True}), (1 - 5e-7, {"layer": "tiny.rows"})):
-        with pytest.raises(UserError, match="another SHA-256 than the manifest, by more than rounding"):
+    strict = "must be the same to the bit"
+    for factor, how, why in (
+        (1 + 2e-6, {}, "by more than rounding: build it again"),
+        (1 - 5e-7, {"committed": True}, strict),
+        (1 - 5e-7, {"layer": "tiny.rows"}, strict),
+    ):
+        with pytest.raises(UserError, match=f"another SHA-256 than the manifest, .*{why}"):
             rebuilt(small, factor, **how)  # type: ignore[arg-type]
 
 

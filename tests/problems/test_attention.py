@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,7 +210,7 @@ def test_values_are_fitted_on_some_spans_of_a_long_text(
     whole = attention(2, biases=biases, noise=0.3, damped={"value": (0.02, 0.003)})
     tokens = whole.tokens
     assert isinstance(tokens.mixing, Probabilities)
-    chosen = [slice(0, LENGTHS[0]), slice(sum(LENGTHS[:2]), sum(LENGTHS[:3]))]  # the first and the third
+    chosen = [slice(0, LENGTHS[0]), slice(sum(LENGTHS[:2]), sum(LENGTHS[:3]))]  # the first and the third: 9 + 7
     some = AttentionTokens(
         *(torch.cat([part[span] for span in chosen]) for part in (tokens.inputs, tokens.targets)),
         Probabilities(tokens.mixing.sequences[::2], 2),
@@ -217,7 +219,7 @@ def test_values_are_fitted_on_some_spans_of_a_long_text(
     sample = AttentionOutput(whole.weights, some, {}, **options)  # type: ignore[arg-type]
     x = moved(whole)
     assert not torch.allclose(whole.fitted_value(x["output"], x), sample.fitted_value(x["output"], x), rtol=1e-3)
-    monkeypatch.setattr(module, "_TOKENS_PER_INPUT", 2)  # of 42 tokens, for 8 inputs: every second span
+    monkeypatch.setattr(module, "_TOKENS_PER_INPUT", 2)  # 16 of 42 tokens, for 8 inputs
     long = AttentionOutput(whole.weights, tokens, {}, **options)  # type: ignore[arg-type]
     fitted, expected = long.fitted_value(x["output"], x), sample.fitted_value(x["output"], x)
     torch.testing.assert_close(fitted, expected, rtol=1e-9, atol=1e-9)
@@ -227,6 +229,31 @@ def test_values_are_fitted_on_some_spans_of_a_long_text(
     )
     torch.testing.assert_close(long._metric, scale * sample._metric)
     assert long.value(x) == whole.value(x)
+
+
+def test_a_sample_has_as_many_tokens_as_it_should_whatever_the_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = attention(2)
+    monkeypatch.setattr(AttentionOutput, "_count", 4110)
+    monkeypatch.setattr(module, "_TOKENS_PER_INPUT", 4)
+    for lengths in ((10, 4100), (4100, 10), (1,) * 4110, (2000, 10, 2000, 100)):
+        ends = torch.tensor((0, *lengths)).cumsum(0).tolist()
+        spans = [slice(a, b) for a, b in pairwise(ends)]
+        vars(problem).pop("_sampled", None)
+        vars(problem)["tokens"] = AttentionTokens(
+            problem.tokens.inputs,
+            problem.tokens.targets,
+            SimpleNamespace(spans=spans, heads=HEADS),  # type: ignore[arg-type]
+        )
+        taken = sum(lengths[number] for number in problem._sampled)
+        assert 4 * WIDTH <= taken <= max(4 * WIDTH, max(lengths) + 10)
+
+
+def test_values_that_are_not_finite_are_rejected() -> None:
+    problem = attention(2, sets={"value": Unstructured(0.5), "output": Unstructured(0.5)})
+    before = problem.constraint.project(problem.initial())
+    after = Point({**before, "output": before["output"] * torch.nan})
+    assert problem.safeguarded(before, after, "output") is before
+    assert problem.safeguarded(before, after, "value") is before
 
 
 def test_the_attention_is_run_once_for_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
