@@ -219,8 +219,11 @@ def _is_rounded(weight: NDArray[Any], hessian: NDArray[Any], sets: Mapping[str, 
         return False
     if sets != entry["sets"] or list(weight.shape) != entry["shape"]:
         return False
-    problem = checker.Problem("", {}, weight.astype(np.float64), hessian.astype(np.float64), "")
-    return bool(abs(checker.energy(problem) - entry["energy"]) <= SAME_ENERGY * entry["energy"])
+    return bool(abs(_energy(weight, hessian) - entry["energy"]) <= SAME_ENERGY * entry["energy"])
+
+
+def _energy(weight: NDArray[Any], hessian: NDArray[Any]) -> float:
+    return checker.energy(checker.Problem("", {}, weight.astype(np.float64), hessian.astype(np.float64), ""))
 
 
 def fingerprints(layer: str, sets: Mapping[str, Any], digest: str) -> dict[str, str]:
@@ -257,16 +260,15 @@ def build(given: argparse.Namespace) -> tuple[int, list[str], list[str]]:
                 count += 1
             named = fingerprints(layer, entry["sets"], digest)
             if listed and named != listed["fingerprints"]:
-                what = "sets" if digest == listed["sha256"] else "data"
-                line = f"{layer} differs from the manifest in its {what} (SHA-256 of the data {digest[:12]})"
                 if _is_rounded(weight, hessian, entry["sets"], listed):
                     rounded.append(layer)
                 else:
+                    what = "sets" if digest == listed["sha256"] else "data"
+                    line = f"{layer} differs from the manifest in its {what} (SHA-256 of the data {digest[:12]})"
                     differing.append(line)
             if given.write_manifest:
                 place = {"subset": subset, "committed": committed}
-                first = next(iter(checker.load_problems(path).values()))
-                energy = float(f"{checker.energy(first):.10g}")
+                energy = float(f"{_energy(weight, hessian):.10g}")
                 entries[layer] = {**entry, **place, "sha256": digest, "fingerprints": named, "energy": energy}
     if given.write_manifest:
         lines = [f"{json.dumps(name)}: {json.dumps(entry, sort_keys=True)}" for name, entry in entries.items()]

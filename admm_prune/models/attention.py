@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from admm_prune.errors import UserError
 from admm_prune.models.activation_store import BatchState, StopForwardError, in_dtype
-from admm_prune.models.structure import Block, WeightView
+from admm_prune.models.structure import Block, WeightView, replaced_forward
 from admm_prune.models.sublayers import NO_KEYS, by_module, head_size, module_named
 
 _LINEAR = 1e-3  # by which a map that is linear may miss additivity, in float32
@@ -147,28 +147,15 @@ class ModelMixing:
             for module in {view.module for view in views.weights} - {views.value.module, views.output.module}:
                 if len(projected.get(module, ())) == 1:  # a module may be called several times
                     # A copy, which the block may change in place.
-                    stack.enter_context(_computing(module, lambda *_, known=projected[module][0], **__: known.clone()))
+                    repeat = lambda *_, known=projected[module][0], **__: known.clone()  # noqa: E731
+                    stack.enter_context(replaced_forward(module, repeat))
                 elif module not in projected:
                     stack.enter_context(module.register_forward_hook(partial(_keep, projected)))
-            stack.enter_context(_computing(views.value.module, project))
+            stack.enter_context(replaced_forward(views.value.module, project))
             stack.enter_context(views.output.module.register_forward_pre_hook(partial(_keep_and_stop, seen)))
             stack.enter_context(suppress(StopForwardError))
             state.replay(self._block, self._index, finite=False, dtype=self.dtype)
         return seen[0].reshape(-1, seen[0].shape[-1])[state.mask.flatten()]
-
-
-@contextmanager
-def _computing(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Within it a module computes another function. Its hooks are called as before."""
-    before = vars(module).get("forward")  # set by libraries that wrap modules
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def _keep(outputs: dict[nn.Module, list[Tensor]], module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:

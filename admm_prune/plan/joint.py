@@ -60,9 +60,8 @@ def coordinating(
     work += forward.work * (batches + held_out_batches)  # the dense outputs
     held = 0
     if mixed <= AttentionOutput.widest:
-        held = (
-            _FLOAT * mixed * (mixed + views.output.shape[0] + 2 * first.mask.numel())
-        )  # of a batch, in parts and joined
+        twice = 2 * first.mask.numel()  # mixed inputs of a batch: in parts, and joined
+        held = _FLOAT * mixed * (mixed + views.output.shape[0] + twice)
         width = views.output.shape[1]
         iterations = _FITS * (ITERATIONS + 1) * 2 * (views.size * mixed**2 + width**2 * inputs)
         below = mixed * (mixed + inputs) + 2 * mixed * views.output.shape[0]  # of the Gram, and with the targets

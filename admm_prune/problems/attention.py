@@ -450,7 +450,7 @@ class AttentionOutput:
             total += (mixing.unmix(number, targets @ output).T @ inputs).double()
         return self.all_reduce(total.mul_(self._scaling)).to(self.weights["value"])
 
-    @property
+    @cached_property
     def _dense_constant_outputs(self) -> Tensor:
         return self._constant_outputs(self.weights["output"], self.biases.get("output"))
 
